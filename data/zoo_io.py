@@ -1,0 +1,101 @@
+"""Reading the mini zoo: verified weights, the image tower they belong to, and its accuracy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from open_clip.model import CLIPVisionCfg, _build_vision_tower
+from safetensors.torch import load_file
+from tasks import TASKS, to_tensor
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+State = dict[str, Tensor]
+
+
+class ZooError(ValueError):
+    """A file of the zoo is missing or damaged."""
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """The pre-trained image tower, one fine-tuned tower per task, and the tasks' class embeddings.
+
+    Attributes:
+        info: zoo.json. base: name -> float32 tensor. tasks: task -> state dict with the same names.
+        heads: task -> [classes, embed_dim], rows of unit length.
+    """
+
+    info: dict[str, Any]
+    base: State
+    tasks: dict[str, State]
+    heads: dict[str, Tensor]
+
+
+def load_zoo(folder: Path) -> Zoo:
+    """Load the zoo after checking every file against SHA256SUMS.
+
+    Raises:
+        ZooError: a file is missing or differs from its checksum; the message names it.
+    """
+    verify(folder)
+    heads = load_file(folder / "heads.safetensors")
+    info = json.loads((folder / "zoo.json").read_text())
+    return Zoo(info, _tower(folder, "base"), {t: _tower(folder, t) for t in info["tasks"]}, heads)
+
+
+def verify(folder: Path) -> None:
+    """Raise ZooError unless all files of SHA256SUMS are there and whole."""
+    remedy = "restore data/zoo from the repository, or retrain it with `make zoo`"
+    sums = Path(folder, "SHA256SUMS")
+    if not sums.is_file():
+        raise ZooError(f"{sums} is missing: {remedy}")
+    for line in sums.read_text().splitlines():
+        digest, name = line.split("  ")
+        path = Path(folder, name)
+        if not path.is_file():
+            raise ZooError(f"{path} is missing: {remedy}")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise ZooError(f"{path} is damaged (its SHA-256 differs): {remedy}")
+
+
+def write_sums(folder: Path) -> None:
+    """Write SHA256SUMS for all other files of the folder."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != "SHA256SUMS")
+    lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in files]
+    Path(folder, "SHA256SUMS").write_text("".join(lines))
+
+
+def _tower(folder: Path, name: str) -> State:
+    return {k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()}
+
+
+def image_tower(config: dict[str, Any], weights: State | None = None) -> nn.Module:
+    """open_clip's vision transformer for zoo.json's "model" entry: [N, 3, 32, 32] -> [N, embed_dim]."""
+    vision = CLIPVisionCfg(**config["vision_cfg"])
+    tower: nn.Module = _build_vision_tower(config["embed_dim"], vision)
+    if weights is not None:
+        tower.load_state_dict({k.removeprefix("visual."): v for k, v in weights.items()})
+    return tower.eval()
+
+
+@torch.no_grad()
+def logits(tower: nn.Module, head: Tensor, pixels: Tensor, batch: int = 250) -> Tensor:
+    """Cosines [N, classes] between image embeddings and class embeddings."""
+    return torch.cat([normalize(tower(x), dim=-1) @ head.mT for x in pixels.split(batch)])
+
+
+def accuracy(tower: nn.Module, head: Tensor, images: np.ndarray, labels: np.ndarray) -> float:
+    """Share of images [N, 32, 32, 3] whose nearest class embedding is the right one."""
+    device = next(tower.parameters()).device
+    found = logits(tower, head.to(device), to_tensor(images).to(device)).argmax(-1).cpu().numpy()
+    return float((found == labels).mean())
+
+
+__all__ = ["TASKS", "Zoo", "ZooError", "accuracy", "image_tower", "load_zoo", "logits", "verify"]

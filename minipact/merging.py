@@ -1,0 +1,1052 @@
+"""Model merging in one file: task arithmetic, TIES, DARE, TSV-M, Iso-C, Iso-CTS, SIFT and PACT.
+
+Needs torch only: copy this file into any project. Everything is one pipeline, *purify, then merge*:
+
+    for each weight:  W0 [m, n] of the base, D [T, m, n] = the T task matrices W_t - W0
+        purifiers     (W0, D) -> D        pact, sift, dare, or your own function
+        one rule      D -> merged         task_arithmetic, ties, tsv_m, iso_c, iso_cts, or your own
+        result        W0 + scale * merged
+
+The functions on tensors (`pact`, `tsv_m`, ...) are the mathematics; `merge` runs them over whole models.
+Shapes stand in square brackets: m outputs, n inputs, T tasks. Singular vectors are columns.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Rank = int | float | str
+State = Mapping[str, Tensor]
+Function = Callable[..., Tensor]
+Generator = torch.Generator | None
+
+
+class MergeError(ValueError):
+    """Input or option that cannot be merged; the message names the tensor or option and the remedy."""
+
+
+# ---- Task vectors --------------------------------------------------------------------------------
+
+
+class TaskVector(dict[str, Tensor]):
+    """Differences of weights, name -> tensor, with the arithmetic of task vectors.
+
+    `a + b`, `a - b`, `-a`, `2 * a`, `sum([a, b])`, `a.dot(b)`, `a.norm()`, `a.cosine(b)`, and
+    `a.apply_to(base, scale)`. Source: Ilharco et al. 2023, section 2 (arXiv 2212.04089).
+    """
+
+    def __add__(self, other: TaskVector | int) -> TaskVector:
+        if isinstance(other, int):  # sum() starts from the integer 0
+            return TaskVector(self) if other == 0 else NotImplemented
+        return TaskVector({name: delta + other[name] for name, delta in self._with(other)})
+
+    __radd__ = __add__
+
+    def __mul__(self, factor: float) -> TaskVector:
+        return TaskVector({name: delta * factor for name, delta in self.items()})
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> TaskVector:
+        return self * -1.0
+
+    def __sub__(self, other: TaskVector) -> TaskVector:
+        return self + -other
+
+    def dot(self, other: TaskVector) -> float:
+        """Inner product over all entries, in float64."""
+        return sum(float((d.double() * other[name].double()).sum()) for name, d in self._with(other))
+
+    def norm(self) -> float:
+        """Euclidean norm over all entries."""
+        return math.sqrt(self.dot(self))
+
+    def cosine(self, other: TaskVector) -> float:
+        """Cosine of the angle to another task vector; NaN if one of them is zero."""
+        lengths = self.norm() * other.norm()
+        return self.dot(other) / lengths if lengths else math.nan
+
+    def apply_to(self, base: State, scale: float = 1.0) -> dict[str, Tensor]:
+        """State dict base + scale * self: new tensors in the base's dtypes; unnamed ones are copies."""
+        unknown = [name for name in self if name not in base]
+        if unknown:
+            raise MergeError(f"the base lacks {_listing(unknown)}: is it the right base?")
+        return {name: _add(name, x, self.get(name), scale, None) for name, x in base.items()}
+
+    def _with(self, other: TaskVector) -> Iterable[tuple[str, Tensor]]:
+        if self.keys() != other.keys():
+            raise MergeError(f"task vectors differ in {_listing(sorted(self.keys() ^ other.keys()))}")
+        return self.items()
+
+
+def task_vector(base: State, tuned: State) -> TaskVector:
+    """Task vector: fine-tuned minus pre-trained weights (Ilharco et al. 2023, section 2).
+
+    Args:
+        base, tuned: mappings name -> tensor with equal names and shapes.
+
+    Returns:
+        name -> difference for every floating-point tensor, in float32 (float64 where an input is).
+
+    Raises:
+        MergeError: names or shapes differ, or a tensor holds NaN or infinity.
+    """
+    problems = _mismatches(base, "tuned", tuned)
+    if problems:
+        raise MergeError("\n".join(problems))
+    names = [name for name in base if _meta(base, name).is_floating_point()]
+    return TaskVector({name: _task_deltas(name, base, {"tuned": tuned})[0] for name in names})
+
+
+# ---- Registry of methods -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """A purifier or a rule as `merge` sees it.
+
+    Attributes:
+        kind: "purifier" or "rule".
+        scope: "matrix" acts on 2-D weights (a rule then gives vectors the mean), "tensor" on every
+            floating-point tensor.
+        scale: rules only, recommended scale per value of `reduce` ("any" where there is none).
+        needs: what `merge` supplies besides D: "base", "generator", "generators", "thresholds".
+        given: options set by the caller. patterns: globs of the tensor names it is limited to.
+    """
+
+    name: str
+    kind: str
+    function: Function
+    scope: str = "matrix"
+    source: str = ""
+    scale: Mapping[str, float] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    given: Mapping[str, Any] = field(default_factory=dict)
+    patterns: tuple[str, ...] = ("*",)
+
+    @property
+    def summary(self) -> str:
+        """First line of the function's docstring."""
+        return (inspect.getdoc(self.function) or self.name).splitlines()[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names of the options with their defaults."""
+        supplied = {"W0", "D", "generator", "thresholds"}
+        parameters = inspect.signature(self.function).parameters.values()
+        options = {p.name: p.default for p in parameters if p.name not in supplied}
+        if self.kind == "purifier" or "thresholds" in self.needs:
+            options["scope"] = None if self.kind == "purifier" else "global"
+        return options
+
+    def setting(self, option: str) -> Any:
+        """Value of an option: as given, else its default."""
+        return self.given.get(option, self.options.get(option))
+
+    def covers(self, name: str, kind: str) -> bool:
+        """Whether the method acts on a tensor of this name and kind."""
+        if self.scope == "matrix" and not kind.startswith("matrix"):
+            return False
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+
+METHODS: dict[str, Method] = {}
+_F = TypeVar("_F", bound=Function)
+
+
+def _method(
+    kind: str, scope: str, source: str, needs: str = "", **scale: float
+) -> Callable[[_F], _F]:
+    """Decorator that enters a function on tensors into METHODS."""
+
+    def register(function: _F) -> _F:
+        name = function.__name__
+        METHODS[name] = Method(name, kind, function, scope, source, scale, tuple(needs.split()))
+        return function
+
+    return register
+
+
+# ---- Singular vectors ----------------------------------------------------------------------------
+
+
+def _rank_tolerance(dtype: torch.dtype) -> float:
+    """Share of the largest singular value below which a direction counts as rounding."""
+    return 1e-12 if dtype == torch.float64 else 1e-5
+
+
+def _svd(x: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD on the numerical range, in float64: U [m, r], S [r] descending, V [n, r], S > tol S_1.
+
+    From tol 1e-6 on it goes by the eigenvectors of the smaller Gram matrix, several times faster than
+    an SVD; a Gram matrix squares the singular values, so it cannot serve smaller tolerances.
+    """
+    if not torch.isfinite(x).all():
+        raise MergeError("a matrix holds NaN or infinity: check the checkpoints it comes from")
+    if x.shape[0] < x.shape[1]:
+        v, s, u = _svd(x.mT, tol)
+        return u, s, v
+    x = x.double()
+    if tol < 1e-6:
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        keep = s > tol * s[:1]
+        return u[:, keep], s[keep], vh.mT[:, keep]
+    squares, v = torch.linalg.eigh(x.mT @ x)
+    s, v = squares.flip(0).clamp(min=0).sqrt(), v.flip(1)
+    keep = s > tol * s[:1]
+    return x @ v[:, keep] / s[keep], s[keep], v[:, keep]
+
+
+def _randomized_svd(
+    x: Tensor, count: int, generator: Generator, oversample: int = 10, power: int = 3
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triples by the range finder with power iterations (Halko et al. 2011)."""
+    shape = (x.shape[1], min(count + oversample, *x.shape))
+    q = torch.linalg.qr(x @ _random(torch.randn, shape, generator).to(x)).Q
+    for _ in range(power):
+        q = torch.linalg.qr(x @ torch.linalg.qr(x.mT @ q).Q).Q
+    u, s, v = _svd(q.mT @ x, _rank_tolerance(x.dtype))
+    return q.double() @ u[:, :count], s[:count], v[:, :count]
+
+
+def _random(draw: Function, shape: Sequence[int], generator: Generator) -> Tensor:
+    """Random numbers from the generator on its own device, so that they are the same on all others."""
+    device = generator.device if generator else torch.device("cpu")
+    return draw(shape, generator=generator, device=device)
+
+
+def _count(rank: Rank, size: int, spectrum: Tensor | None = None) -> int:
+    """Number of singular directions that a rank setting means for a matrix with min(m, n) = size."""
+    if isinstance(rank, str) and re.fullmatch(r"energy:(0?\.\d+|1(\.0*)?)", rank):
+        if spectrum is None:
+            raise MergeError(f"rank {rank!r} needs the whole spectrum: use svd='exact'")
+        held = spectrum.square().cumsum(0)
+        return int((held < float(rank[7:]) * held[-1:]).sum()) + 1 if len(held) else 0
+    if isinstance(rank, float) and 0 < rank < 1:
+        return max(1, int(rank * size + 1e-9))
+    if isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank <= size:
+        return rank
+    raise MergeError(
+        f"rank {rank!r} does not fit a matrix with min(m, n) = {size}: give a count 0..{size}, "
+        "a share between 0 and 1, or 'energy:0.85'"
+    )
+
+
+def _leading_svd(
+    x: Tensor, rank: Rank, svd: str, generator: Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triples U [m, k], S [k], V [n, k] in float64, k at most the numerical rank."""
+    _check_known("svd", [svd], ("exact", "randomized"))
+    x = _lift(x)
+    if svd == "randomized":
+        return _randomized_svd(x, _count(rank, min(x.shape)), generator)
+    u, s, v = _svd(x, _rank_tolerance(x.dtype))
+    count = _count(rank, min(x.shape), s)
+    return u[:, :count], s[:count], v[:, :count]
+
+
+def _polar(x: Tensor, tol: float) -> Tensor:
+    """Polar factor U V^T of x = U S V^T on its numerical range: the nearest partial isometry.
+
+    Directions at the level of rounding stay zero. Completing them to a full isometry would give
+    them unit weight, which fills exactly the directions that PACT cleared.
+    """
+    u, _, v = _svd(x, tol)
+    return u @ v.mT
+
+
+# ---- Purifiers: (W0, D) -> D ---------------------------------------------------------------------
+
+
+@_method("purifier", "matrix", "Shi et al. 2026, arXiv 2606.18627", "base generator")
+def pact(
+    W0: Tensor,
+    D: Tensor,
+    *,
+    core: Rank = 0.05,
+    task: Rank = 0.04,
+    tol: float = 1e-3,
+    strength: float = 1.0,
+    svd: str = "exact",
+    generator: Generator = None,
+) -> Tensor:
+    """PACT: take out of each task matrix what would run over the other tasks' load-bearing walls.
+
+    D'_j = D_j - strength * D_j P_j P_j^T, where P_j = `shield_basis(W0, D, j)` spans what the other
+    tasks rely on. Source: Shi et al. 2026 (arXiv 2606.18627); `strength` below 1 is our extension.
+
+    Args:
+        W0: [m, n] pre-trained weight itself, not a difference; its right singular vectors span the core.
+        D: [T, m, n] task matrices W_t - W0.
+        core: K, leading right singular directions of W0 that form the pre-trained core.
+        task: k, leading right singular directions of each D_t that count as its own update.
+            Both: an int is a count, a float in (0, 1) a share of min(m, n), at least 1, and
+            "energy:0.85" the smallest count that holds this share of the squared spectrum.
+            A count beyond the numerical rank stops there.
+        tol: relative singular value above which a direction belongs to a basis. Small values protect
+            the full union of the other tasks' LBW subspaces; from about 0.2 on little more than the core.
+        strength: 0 leaves D as it is, 1 removes the shield entirely.
+        svd: "exact", or "randomized" (range finder, 10 extra columns, 3 power iterations). On spectra
+            that decay like 1/i the filtered matrices agree within 1 % in Frobenius norm.
+        generator: source of the random sketches; same seed, same result on one device.
+
+    Returns:
+        [T, m, n] filtered task matrices in D's dtype. One task alone comes back unchanged.
+
+    Raises:
+        MergeError: shapes do not fit, W0 is zero, a rank is out of range, or an option is unknown.
+    """
+    _check_stack(D, W0)
+    if not 0 <= strength <= 1:
+        raise MergeError(f"strength={strength}: must lie between 0 and 1")
+    if len(D) == 1 or strength == 0:
+        return D.clone()
+    frame, reliance = _reliance(W0, D, core, task, tol, svd, generator)
+    shields = (frame @ _union(reliance, j, tol) for j in range(len(D)))
+    return torch.stack([_remove(d, p, strength) for d, p in zip(D, shields, strict=True)])
+
+
+@_method("purifier", "matrix", "Shi et al. 2026, arXiv 2606.18627", "base generator")
+def sift(
+    W0: Tensor, D: Tensor, *, core: Rank = 0.05, svd: str = "exact", generator: Generator = None
+) -> Tensor:
+    """SIFT, PACT's static variant: take the pre-trained core out of every task matrix.
+
+    D'_t = D_t - D_t V_0 V_0^T with V_0 [n, K] the leading right singular vectors of W0. Equals
+    `pact` with task=0 for two tasks or more. Arguments, shapes and errors as in `pact`.
+    """
+    _check_stack(D, W0)
+    v0 = _core(W0, core, svd, generator)
+    return torch.stack([_remove(d, v0, 1.0) for d in D])
+
+
+@_method("purifier", "tensor", "Yu et al. 2024, arXiv 2311.03099", "generators")
+def dare(
+    D: Tensor,
+    p: float = 0.9,
+    *,
+    rescale: bool = True,
+    generator: Generator | Sequence[Generator] = None,
+) -> Tensor:
+    """DARE: drop each entry with probability p, divide the rest by 1 - p.
+
+    Source: Yu et al. 2024, section 3 (arXiv 2311.03099).
+
+    Args:
+        D: [T, ...] task matrices or vectors.
+        p: probability of dropping, 0 <= p < 1.
+        rescale: False leaves the kept entries as they are.
+        generator: source of randomness, one for all tasks or a sequence with one per task.
+
+    Returns:
+        [T, ...] thinned task matrices.
+
+    Raises:
+        MergeError: p is out of range.
+    """
+    if not 0 <= p < 1:
+        raise MergeError(f"dare: p={p} must satisfy 0 <= p < 1")
+    per_task = generator if isinstance(generator, Sequence) else [generator] * len(D)
+    draws = [_random(torch.rand, D.shape[1:], g) for g in per_task]
+    kept = D * (torch.stack(draws) >= p).to(D)
+    return kept / (1 - p) if rescale else kept
+
+
+def _remove(d: Tensor, basis: Tensor, strength: float) -> Tensor:
+    """d - strength * d P P^T for d [m, n] and orthonormal P [n, p], in d's dtype."""
+    x = _lift(d)
+    p = basis.to(x.dtype)
+    return (x - strength * (x @ p) @ p.mT).to(d.dtype)
+
+
+def lbw_basis(W0: Tensor, D_t: Tensor, **settings: Any) -> Tensor:
+    """LBW subspace of one task: the part of the pre-trained core that its own update leaves alone.
+
+    Orthonormal basis [n, r] of the span of V_0 - V_t V_t^T V_0, with V_0 [n, K] the core of W0 [m, n]
+    and V_t [n, k] the leading right singular vectors of D_t [m, n] (Shi et al. 2026), in D_t's dtype.
+    Keywords core, task, tol, svd, generator and errors as in `pact`.
+    """
+    _check_stack(D_t[None], W0)
+    frame, reliance = _reliance(W0, D_t[None], **settings)
+    return (frame @ reliance[0]).to(D_t.dtype)
+
+
+def shield_basis(W0: Tensor, D: Tensor, j: int, **settings: Any) -> Tensor:
+    """Shield of task j: orthonormal basis [n, p] of the union of the other tasks' LBW subspaces.
+
+    p is the numerical rank of the union at `tol`, at most min(n, K + (T - 1) k); 0 for one task alone.
+    Keywords core, task, tol, svd, generator and errors as in `pact`; in D's dtype.
+    """
+    _check_stack(D, W0)
+    if not 0 <= j < len(D):
+        raise MergeError(f"task index j={j} is out of range for {len(D)} tasks")
+    frame, reliance = _reliance(W0, D, **settings)
+    return (frame @ _union(reliance, j, tol=settings.get("tol", 1e-3))).to(D.dtype)
+
+
+def _core(W0: Tensor, core: Rank, svd: str, generator: Generator) -> Tensor:
+    """Leading right singular vectors of the pre-trained weight, V_0 [n, K] in float64."""
+    if core != 0 and not W0.any():
+        raise MergeError(
+            "the pre-trained weight is zero, so it has no core to protect: pass the weight itself, "
+            "not a difference, or leave this tensor out (exclude, or the purifier's scope)"
+        )
+    return _leading_svd(W0, core, svd, generator)[2]
+
+
+def _reliance(
+    W0: Tensor, D: Tensor, core: Rank = 0.05, task: Rank = 0.04, tol: float = 1e-3,
+    svd: str = "exact", generator: Generator = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Every task's LBW basis, as coordinates in one common frame.
+
+    Returns an orthonormal frame [n, q], q <= K + sum of k_t, whose span holds V_0 and every V_t, and
+    for each task the basis [q, r_t] of V_0 - V_t V_t^T V_0 in it. All further work is q wide.
+    """
+    if not 0 <= tol < 1:
+        raise MergeError(f"tol={tol} must satisfy 0 <= tol < 1")
+    v0 = _core(W0, core, svd, generator)
+    updates = [_leading_svd(d, task, svd, generator)[2] for d in D]
+    frame = torch.linalg.qr(torch.cat([v0, *updates], dim=1)).Q
+    c0 = frame.mT @ v0
+    own = [frame.mT @ v for v in updates]
+    return frame, [_orth(c0 - c @ (c.mT @ c0), tol) for c in own]
+
+
+def _union(reliance: list[Tensor], j: int, tol: float) -> Tensor:
+    """Orthonormal basis [q, p] of the sum of all LBW subspaces but the j-th."""
+    others = reliance[:j] + reliance[j + 1 :]
+    return _orth(torch.cat(others, dim=1), tol) if others else reliance[j][:, :0]
+
+
+def _orth(a: Tensor, tol: float) -> Tensor:
+    """Orthonormal basis of the columns of a [q, c] by rank: singular values above tol times the first.
+
+    Rank-revealing on purpose: a reduced QR of a wide, rank-deficient matrix returns a complete
+    basis, and the filter would then delete everything. A matrix of rounding size spans nothing.
+    """
+    return _svd(a, max(tol, 1e-12))[0] if a.norm() > 1e-6 else a[:, :0]
+
+
+# ---- Rules: D -> merged --------------------------------------------------------------------------
+
+
+@_method("rule", "tensor", "Ilharco et al. 2023, arXiv 2212.04089", sum=0.3, mean=1.0)
+def task_arithmetic(D: Tensor, reduce: str = "sum") -> Tensor:
+    """Sum or mean of the task matrices D [T, ...] (Ilharco et al. 2023, section 2).
+
+    Raises:
+        MergeError: reduce is neither "sum" nor "mean".
+    """
+    _check_known("reduce", [reduce], ("sum", "mean"))
+    return D.sum(0) if reduce == "sum" else D.mean(0)
+
+
+@_method("rule", "tensor", "Yadav et al. 2023, arXiv 2306.01708", "thresholds", mean=1.0, sum=0.3)
+def ties(
+    D: Tensor, density: float = 0.2, reduce: str = "mean", *, thresholds: Tensor | None = None
+) -> Tensor:
+    """TIES: trim small entries, elect a sign per entry, merge what agrees (Yadav et al. 2023).
+
+    Args:
+        D: [T, ...] task matrices or vectors.
+        density: share of entries kept per task, the int(density * d) largest in magnitude, ties
+            included (the released code keeps one more); 1 keeps all.
+        reduce: "mean" over the entries that agree with the elected sign, their "sum", or the "max"
+            magnitude. An entry whose sum is exactly zero elects no sign and stays zero.
+        thresholds: [T] magnitudes to trim at instead of D's own; `merge` passes those of the model.
+
+    Returns:
+        [...] merged entries.
+
+    Raises:
+        MergeError: density or reduce is out of range.
+    """
+    _check_known("reduce", [reduce], ("mean", "sum", "max"))
+    if thresholds is None:
+        keep = _kept_entries(density, D[0].numel())
+        thresholds = D.abs().flatten(1).float().kthvalue(D[0].numel() - keep + 1, dim=1).values
+    floor = thresholds.to(D.device).view(-1, *[1] * (D.ndim - 1))
+    trimmed = torch.where(D.abs().float() >= floor, D, 0)
+    sign = trimmed.sum(0).sign()
+    agreeing = torch.where(trimmed.sign() == sign, trimmed, 0)
+    if reduce == "max":
+        return sign * agreeing.abs().amax(0)
+    total = agreeing.sum(0)
+    return total if reduce == "sum" else total / (agreeing != 0).sum(0).clamp(min=1)
+
+
+def _kept_entries(density: float, numel: int) -> int:
+    if not 0 < density <= 1:
+        raise MergeError(f"ties: density={density} must satisfy 0 < density <= 1")
+    return max(1, int(density * numel + 1e-9))
+
+
+def _thresholds(stream: Callable[[], Iterable[Tensor]], tasks: int, keep: int) -> Tensor:
+    """Per task the keep-th largest magnitude over a stream of D [T, ...], exactly, [T] in float32.
+
+    Non-negative float32 numbers sort like their bit patterns. A first pass over the stream counts
+    their upper 16 bits, a second one the lower 16 bits of those in the bin found: memory does not
+    grow with the model.
+    """
+    upper, upper_rank = _bins(stream, tasks, [keep] * tasks, lambda bits, t: bits >> 16)
+    low = _bins(stream, tasks, upper_rank, lambda b, t: (b & 0xFFFF)[b >> 16 == upper[t]])[0]
+    bits = [high << 16 | rest for high, rest in zip(upper, low, strict=True)]
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+
+
+def _bins(
+    stream: Callable[[], Iterable[Tensor]],
+    tasks: int,
+    ranks: list[int],
+    digits: Callable[[Tensor, int], Tensor],
+) -> tuple[list[int], list[int]]:
+    """Per task the 16-bit digit of the rank-th largest number, and its rank among those with it."""
+    counts = torch.zeros(tasks, 65536, dtype=torch.int64)
+    for D in stream():
+        for t, bits in enumerate(D.abs().float().flatten(1).contiguous().view(torch.int32)):
+            counts[t] += torch.bincount(digits(bits, t), minlength=65536).cpu()
+    reached = counts.flip(1).cumsum(1).flip(1)  # how many numbers lie in this bin or above
+    found = [max(0, int((row >= rank).sum()) - 1) for row, rank in zip(reached, ranks, strict=True)]
+    left = [
+        rank - int(reached[t, b] - counts[t, b])
+        for t, (b, rank) in enumerate(zip(found, ranks, strict=True))
+    ]
+    return found, left
+
+
+@_method("rule", "matrix", "Gargiulo et al. 2025, arXiv 2412.00081", "generator", any=1.0)
+def tsv_m(
+    D: Tensor, *, rank: Rank | None = None, svd: str = "exact", generator: Generator = None
+) -> Tensor:
+    """TSV-Merge: truncate each task to its leading singular triples, whiten across tasks, add.
+
+    With the triples of all tasks side by side, U [m, Tk], S [Tk], V [n, Tk], the result is
+    polar(U) diag(S) polar(V)^T. Source: Gargiulo et al. 2025, section 3.2 (arXiv 2412.00081).
+
+    Args:
+        D: [T, m, n] task matrices.
+        rank: k, triples per task: count, share or energy as in `pact`; None is min(m, n) // T, at
+            least 1.
+        svd: "exact" or "randomized", the latter pays when k is small against min(m, n).
+        generator: source of the random sketches.
+
+    Returns:
+        [m, n] merged task matrix in D's dtype.
+
+    Raises:
+        MergeError: D is not a finite stack of matrices, or an option is out of range.
+    """
+    _check_stack(D)
+    k = max(1, min(D.shape[1:]) // len(D)) if rank is None else rank
+    tol = _rank_tolerance(D.dtype)
+    triples = [_leading_svd(d, k, svd, generator) for d in D]
+    u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True))
+    return ((_polar(u, tol) * s) @ _polar(v, tol).mT).to(D.dtype)
+
+
+@_method("rule", "matrix", "Marczak et al. 2025, arXiv 2502.04959", any=1.3)
+def iso_c(D: Tensor, *, mean_over: str = "all") -> Tensor:
+    """Iso-C: give every singular direction of the summed task matrices their mean singular value.
+
+    Source: Marczak et al. 2025, section 4.1 (arXiv 2502.04959).
+
+    Args:
+        D: [T, m, n] task matrices.
+        mean_over: "all" averages over min(m, n) values as published, "range" over the numerical rank.
+
+    Returns:
+        [m, n] merged task matrix in D's dtype.
+
+    Raises:
+        MergeError: D is not a finite stack of matrices, or an option is out of range.
+    """
+    _check_stack(D)
+    u, s, v = _svd(_lift(D).sum(0), _rank_tolerance(D.dtype))
+    return (_mean_singular_value(s, D, mean_over) * (u @ v.mT)).to(D.dtype)
+
+
+@_method("rule", "matrix", "Marczak et al. 2025, arXiv 2502.04959", any=1.5)
+def iso_cts(D: Tensor, common: float = 0.8, *, mean_over: str = "all") -> Tensor:
+    """Iso-CTS: Iso-C on a common subspace plus each task's own leading directions outside of it.
+
+    The common part takes the leading directions of the summed matrices; the rest of min(m, n) goes
+    in equal parts to the tasks' residuals. Source: Marczak et al. 2025, section 4.2, algorithm 2.
+
+    Args:
+        D: [T, m, n] task matrices.
+        common: share of min(m, n) for the common part, above 0 and at most 1; 1 is Iso-C.
+        mean_over: as in `iso_c`.
+
+    Returns:
+        [m, n] merged task matrix in D's dtype.
+
+    Raises:
+        MergeError: D is not a finite stack of matrices, or an option is out of range.
+    """
+    _check_stack(D)
+    if not 0 < common <= 1:
+        raise MergeError(f"iso_cts: common={common} must satisfy 0 < common <= 1")
+    size, tol = min(D.shape[1:]), _rank_tolerance(D.dtype)
+    stack = _lift(D)
+    own = min(round((size - int(size * common)) / len(D)), (size - 1) // len(D))
+    u, s, v = (part[..., : size - own * len(D)] for part in _svd(stack.sum(0), tol))
+    triples = [(u, s, v), *(_own_directions(d.double(), u, own, tol) for d in stack)]
+    u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True))
+    return (_mean_singular_value(s, D, mean_over) * (_polar(u, tol) @ _polar(v, tol).mT)).to(
+        D.dtype
+    )
+
+
+def _own_directions(
+    d: Tensor, common: Tensor, count: int, tol: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading triples of d outside the common left directions; below tol * ||d|| all is rounding."""
+    u, s, v = _svd(d - common @ (common.mT @ d), tol)
+    count = min(count, int((s > tol * d.norm()).sum()))
+    return u[:, :count], s[:count], v[:, :count]
+
+
+def _mean_singular_value(s: Tensor, D: Tensor, mean_over: str) -> Tensor:
+    _check_known("mean_over", [mean_over], ("all", "range"))
+    return s.sum() / (min(D.shape[1:]) if mean_over == "all" else max(1, len(s)))
+
+
+# ---- Whole models --------------------------------------------------------------------------------
+
+_LOOKUP_TABLES = ("token_embedding", "embed_tokens", "word_embeddings", "wte.")
+_GPT2_LAYERS = re.compile(r"(^|\.)h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
+_RANK_OPTIONS = ("core", "task", "rank")
+
+
+def default_policy(name: str, tensor: Tensor) -> str:
+    """How a floating-point tensor is treated: "matrix", "matrix_T", "vector" or "copy".
+
+    Matrices are 2-D weights used as x @ W^T. "matrix_T" is stored the other way round, for x @ W
+    (CLIP's `visual.proj`, GPT-2's Conv1D layers): purifiers see it transposed. Vectors are all the
+    rest: biases, norms, convolutions, `text_projection` as in the papers' code, and the lookup
+    tables of token embeddings. Positional embeddings count as matrices, again as published. Running
+    statistics of batch normalisation are copied from the base: recompute them after merging.
+    """
+    if name.endswith(("running_mean", "running_var")):
+        return "copy"
+    if tensor.ndim != 2 or any(t in name for t in ("text_projection", *_LOOKUP_TABLES)):
+        return "vector"
+    transposed = name == "proj" or name.endswith("visual.proj") or _GPT2_LAYERS.search(name)
+    return "matrix_T" if transposed else "matrix"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens to one tensor: its kind, the purifiers in order, the rule ("mean", "copy", ...)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: str
+    purify: tuple[str, ...]
+    rule: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked merge: one step per tensor of the base, the scale, notes, and what it works on."""
+
+    steps: tuple[Step, ...]
+    scale: float
+    notes: tuple[str, ...]
+    base: State
+    tasks: Mapping[str, State]
+    weights: Mapping[str, float]
+    purifiers: tuple[Method, ...]
+    rule: Method
+    device: str | torch.device
+    seed: int
+
+    @torch.no_grad()
+    def deltas(self) -> Iterator[tuple[Step, Tensor, Tensor | None]]:
+        """Per tensor of the base: its step, the base tensor, and the merged delta, None for a copy."""
+        self._refuse_identical()
+        thresholds = self._thresholds()
+        for step in self.steps:
+            base, D = self.base[step.name], self._purified(step)
+            if D is None:
+                yield step, base, None
+            elif step.rule == "mean":
+                yield step, base, D.mean(0)
+            else:
+                yield step, base, self._call(self.rule, step, D, thresholds)
+
+    def _purified(self, step: Step) -> Tensor | None:
+        """Task matrices of one tensor after all purifiers; None where there is nothing to merge."""
+        if step.rule == "copy":
+            return None
+        D = _task_deltas(step.name, self.base, self.tasks, self.weights, self.device)
+        if not D.any():
+            return None
+        for method in self.purifiers:
+            if method.covers(step.name, step.kind):
+                D = self._call(method, step, D)
+        return D
+
+    def _call(
+        self, method: Method, step: Step, D: Tensor, thresholds: Tensor | None = None
+    ) -> Tensor:
+        """Run one purifier or rule on one tensor, with the arguments it needs."""
+        options = {key: value for key, value in method.given.items() if key != "scope"}
+        for key in _RANK_OPTIONS:
+            if isinstance(options.get(key), int):
+                options[key] = min(options[key], *D.shape[1:])
+        if "generator" in method.needs:
+            options["generator"] = _generator(self.seed, step.name)
+        if "generators" in method.needs:
+            options["generator"] = [_generator(self.seed, task, step.name) for task in self.tasks]
+        if "thresholds" in method.needs:
+            options["thresholds"] = thresholds
+        inputs = [self.base[step.name].to(D), D] if "base" in method.needs else [D]
+        transposed = step.kind == "matrix_T" and (method.kind, method.scope) == ("purifier", "matrix")
+        if transposed:
+            inputs = [x.mT for x in inputs]
+        try:
+            result = method.function(*inputs, **options)
+        except MergeError as error:
+            raise MergeError(f"tensor '{step.name}', {method.name}: {error}") from error
+        expected = inputs[-1].shape[0 if method.kind == "purifier" else 1 :]
+        if result.shape != expected:
+            shapes = f"{tuple(result.shape)} instead of {tuple(expected)}"
+            raise MergeError(f"tensor '{step.name}': {method.name} returned the shape {shapes}")
+        return result.mT if transposed else result
+
+    def _thresholds(self) -> Tensor | None:
+        """TIES' trimming magnitude per task over the whole model, which is purified for each pass."""
+        if "thresholds" not in self.rule.needs or self.rule.setting("scope") == "tensor":
+            return None
+        steps = [step for step in self.steps if step.rule == self.rule.name]
+        size = sum(math.prod(step.shape) for step in steps)
+        keep = _kept_entries(self.rule.setting("density"), size)
+        return _thresholds(lambda: map(self._purified, steps), len(self.tasks), keep)
+
+    def _refuse_identical(self) -> None:
+        merged = [step.name for step in self.steps if step.rule != "copy"]
+        for label, task in self.tasks.items():
+            if all(torch.equal(self.base[name], task[name]) for name in merged):
+                raise MergeError(
+                    f"task '{label}' equals the base in every tensor to merge: leave it out, or "
+                    "check that the right files were given"
+                )
+
+
+def plan(
+    base: State,
+    tasks: Sequence[State] | Mapping[str, State],
+    *,
+    rule: str | Function = "task_arithmetic",
+    purify: str | Function | Sequence[str | Function] = (),
+    scale: float | None = None,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    policy: Callable[[str, Tensor], str] = default_policy,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Plan:
+    """Check a merge by names, shapes and options, without reading weights. Arguments as in `merge`.
+
+    Raises:
+        MergeError: one message with every problem of the inputs.
+    """
+    named = _named_tasks(tasks)
+    problems = [text for name, task in named.items() for text in _mismatches(base, name, task)]
+    if problems:
+        raise MergeError("\n".join(problems))
+    several = [purify] if isinstance(purify, str) or callable(purify) else purify
+    settings = dict(options or {})
+    purifiers = tuple(_configured(p, "purifier", settings, base) for p in several)
+    chosen = _configured(rule, "rule", settings, base)
+    _check_known("options for", settings, [m.name for m in (*purifiers, chosen)])
+    wanted, unwanted = _globs(include, base, "include"), _globs(exclude, base, "exclude")
+    steps = []
+    for name in base:
+        tensor = _meta(base, name)
+        kept = _matches(name, wanted or ("*",)) and not _matches(name, unwanted)
+        kind = policy(name, tensor) if kept and tensor.is_floating_point() else "copy"
+        steps.append(_step(name, tensor, kind, purifiers, chosen))
+    for method in (*purifiers, chosen):
+        _check_work(method, steps)
+    value, notes = _scale(scale, chosen, purifiers)
+    factors = _task_weights(weights, tasks, named)
+    return Plan(tuple(steps), value, notes, base, named, factors, purifiers, chosen, device, seed)
+
+
+def merge(
+    base: State,
+    tasks: Sequence[State] | Mapping[str, State],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    **recipe: Any,
+) -> dict[str, Tensor]:
+    """Merge fine-tuned models into their common base: purify the task vectors, then merge them.
+
+    Args:
+        base: pre-trained model, a mapping name -> tensor: a state dict or a lazy checkpoint.
+        tasks: fine-tuned models with the same names and shapes, as a list or as a mapping
+            task name -> model. With names the result does not depend on their order, bit for bit.
+        dtype: floating-point type of the result; None keeps the base's. All work is done in float32
+            at least, in float64 where an input is float64.
+        progress: called with (tensors done, tensors in all, name).
+        rule: name in METHODS ("task_arithmetic"), or a function D [T, m, n] -> [m, n] for matrices.
+        purify: names in METHODS, or functions (W0, D) -> D for matrices, in order; none by default.
+        scale: factor of the merged task vector. None takes the rule's recommended value
+            (`METHODS[rule].scale`); no value is published behind a purifier, so try several there.
+        weights: factor of each task vector before anything else; 1 each. Nothing is normalised.
+        options: method name -> {option: value}. Purifiers also take "scope", one or several globs of
+            tensor names; other tensors go to the rule unpurified. TIES takes "scope": "global" trims
+            at one magnitude per task over the model, "tensor" tensor by tensor. A count of
+            directions beyond a matrix' min(m, n) is cut to it.
+        include, exclude: globs of tensor names; what they leave out is copied from the base.
+        policy: (name, tensor) -> "matrix", "matrix_T", "vector" or "copy", see `default_policy`.
+        device: where to compute ("cpu"); results are on the CPU.
+        seed: of all random numbers (0), drawn apart for each tensor and task name.
+
+    Returns:
+        name -> new tensor for every tensor of the base. Integer tensors, and tensors that no task
+        changed, are copies of the base's.
+
+    Raises:
+        MergeError: the inputs do not fit together, hold NaN or infinity, a task equals the base, a
+            method or option is unknown or out of range; the message names tensor, model and remedy.
+    """
+    return dict(merge_iter(base, tasks, dtype=dtype, progress=progress, **recipe))
+
+
+def merge_iter(
+    base: State,
+    tasks: Sequence[State] | Mapping[str, State],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    **recipe: Any,
+) -> Iterator[tuple[str, Tensor]]:
+    """`merge` as a generator of (name, tensor) in the base's order, one weight in memory at a time.
+
+    Arguments and errors as in `merge`; names, shapes and options are checked at the call.
+    """
+    checked = plan(base, tasks, **recipe)
+
+    def run() -> Iterator[tuple[str, Tensor]]:
+        for done, (step, tensor, delta) in enumerate(checked.deltas(), start=1):
+            yield step.name, _add(step.name, tensor, delta, checked.scale, dtype).cpu()
+            if progress is not None:
+                progress(done, len(checked.steps), step.name)
+
+    return run()
+
+
+def merged_delta(
+    base: State, tasks: Sequence[State] | Mapping[str, State], **recipe: Any
+) -> TaskVector:
+    """Merged task vector before scaling, so that a sweep over scales merges only once.
+
+    `merged_delta(base, tasks, ...).apply_to(base, scale)` equals `merge(..., scale=scale)`. Arguments
+    and errors as in `merge`; tensors that are copied from the base have no entry.
+    """
+    deltas = plan(base, tasks, **recipe).deltas()
+    return TaskVector({step.name: delta.cpu() for step, _, delta in deltas if delta is not None})
+
+
+def _add(
+    name: str, base: Tensor, delta: Tensor | None, scale: float, dtype: torch.dtype | None
+) -> Tensor:
+    """base + scale * delta in a wide type, then in dtype; a copy of the base without a delta."""
+    if not base.is_floating_point():
+        return base.clone()
+    if delta is None or scale == 0:
+        merged = base.to(dtype or base.dtype, copy=True)
+    else:
+        merged = (base.to(delta) + scale * delta).to(dtype or base.dtype)
+    if not torch.isfinite(merged).all():
+        hint = "check the base, take a smaller scale or a wider dtype"
+        raise MergeError(f"tensor '{name}' of the result overflows {merged.dtype}: {hint}")
+    return merged
+
+
+def _task_deltas(
+    name: str,
+    base: State,
+    tasks: Mapping[str, State],
+    weights: Mapping[str, float] | None = None,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """D [T, ...] of one tensor: weight * (fine-tuned - base), subtracted in float32 at least."""
+    tensors = {"the base": base[name], **{f"task '{k}'": task[name] for k, task in tasks.items()}}
+    wide = any(x.dtype == torch.float64 for x in tensors.values())
+    moved = [x.to(device, torch.float64 if wide else torch.float32) for x in tensors.values()]
+    for model, x in zip(tensors, moved, strict=True):
+        if not torch.isfinite(x).all():
+            hint = "repair the checkpoint, or exclude the tensor"
+            raise MergeError(f"tensor '{name}' of {model} holds NaN or infinity: {hint}")
+    D = torch.stack(moved[1:]) - moved[0]
+    if weights is not None:
+        D *= torch.tensor(list(weights.values())).to(D).view(-1, *[1] * (D.ndim - 1))
+    return D
+
+
+def _generator(seed: int, *names: str) -> torch.Generator:
+    """CPU generator seeded by the seed and names, the same in every process."""
+    return torch.Generator().manual_seed(zlib.crc32("/".join([str(seed), *names]).encode()))
+
+
+# ---- Checks of arguments -------------------------------------------------------------------------
+
+
+def _lift(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _meta(state: State, name: str) -> Tensor:
+    """Shape and dtype of a tensor, unread where the mapping has a method `meta(name)`."""
+    tensor: Tensor = getattr(state, "meta", state.__getitem__)(name)
+    return tensor
+
+
+def _listing(names: Iterable[object]) -> str:
+    texts = [f"'{name}'" for name in names]
+    return ", ".join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
+
+
+def _check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise MergeError(f"{what} {_listing(unknown)} is unknown: use {_listing(known) or 'none'}")
+
+
+def _check_stack(D: Tensor, W0: Tensor | None = None) -> None:
+    if D.ndim != 3 or len(D) == 0 or not D.is_floating_point():
+        raise MergeError(f"D must be a floating-point [T, m, n], not {D.dtype} {tuple(D.shape)}")
+    if W0 is not None and W0.shape != D.shape[1:]:
+        raise MergeError(f"W0 {tuple(W0.shape)} does not fit D {tuple(D.shape)}, which is [T, m, n]")
+
+
+def _named_tasks(tasks: Sequence[State] | Mapping[str, State]) -> dict[str, State]:
+    """Tasks by name: sorted where the caller named them, else numbered from '0'."""
+    pairs = sorted(tasks.items()) if isinstance(tasks, Mapping) else enumerate(tasks)
+    named = {str(name): task for name, task in pairs}
+    if not named or not all(isinstance(task, Mapping) for task in named.values()):
+        raise MergeError(
+            "tasks must be a list, or a mapping by name, of one fine-tuned model or more, each a "
+            "mapping name -> tensor such as model.state_dict()"
+        )
+    return named
+
+
+def _mismatches(base: State, label: str, task: State) -> list[str]:
+    """What keeps a fine-tuned model from being compared with the base, one line each."""
+    if not isinstance(base, Mapping) or not base:
+        return ["the base must be a mapping name -> tensor with entries: pass model.state_dict()"]
+    problems = []
+    if missing := [name for name in base if name not in task]:
+        problems.append(f"task '{label}' lacks {_listing(missing)}: is it tuned from this base?")
+    if extra := [name for name in task if name not in base]:
+        problems.append(f"task '{label}' has {_listing(extra)}, unknown to the base: remove it")
+    for name in [name for name in base if name in task]:
+        x, y = _meta(base, name), _meta(task, name)
+        if (x.shape, x.is_floating_point()) != (y.shape, y.is_floating_point()):
+            problems.append(
+                f"task '{label}': '{name}' is {y.dtype} {tuple(y.shape)}, in the base {x.dtype} "
+                f"{tuple(x.shape)}: crop, resize or convert it before merging"
+            )
+    return problems
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _globs(globs: str | Sequence[str] | None, names: Iterable[str], what: str) -> tuple[str, ...]:
+    """Glob patterns as a tuple; each must match a name, so that a typo cannot pass silently."""
+    patterns = (globs,) if isinstance(globs, str) else tuple(globs or ())
+    if idle := [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]:
+        raise MergeError(f"{what} {_listing(idle)} matches no tensor name of the base")
+    return patterns
+
+
+def _configured(
+    method: str | Function, kind: str, options: Mapping[str, Mapping[str, Any]], base: State
+) -> Method:
+    """Registered method, or the caller's own function, with its options checked by name."""
+    if not isinstance(method, str):
+        needs = ("base",) if kind == "purifier" else ()
+        return Method(getattr(method, "__name__", "custom"), kind, method, needs=needs)
+    _check_known(kind, [method], [m.name for m in METHODS.values() if m.kind == kind])
+    found, given = METHODS[method], options.get(method, {})
+    _check_known(f"{method} option", given, found.options)
+    if kind == "purifier":
+        patterns = _globs(given.get("scope"), base, f"{method} scope") or ("*",)
+        return replace(found, given=given, patterns=patterns)
+    _check_known(f"{method} scope", [given.get("scope", "global")], ("global", "tensor"))
+    return replace(found, given=given)
+
+
+def _step(name: str, x: Tensor, kind: str, purifiers: Iterable[Method], rule: Method) -> Step:
+    _check_known(f"policy for '{name}'", [kind], ("matrix", "matrix_T", "vector", "copy"))
+    if kind.startswith("matrix") and x.ndim != 2:
+        raise MergeError(f"policy: '{name}' of shape {tuple(x.shape)} cannot be a {kind}")
+    purify = tuple(m.name for m in purifiers if kind != "copy" and m.covers(name, kind))
+    how = "copy" if kind == "copy" else rule.name if rule.covers(name, kind) else "mean"
+    return Step(name, tuple(x.shape), x.dtype, kind, purify, how)
+
+
+def _check_work(method: Method, steps: Iterable[Step]) -> None:
+    """A purifier must find tensors, and a count of directions must fit one of them at least."""
+    sizes = [min(s.shape, default=1) for s in steps if method.name in (*s.purify, s.rule)]
+    if not sizes and method.kind == "purifier":
+        raise MergeError(f"{method.name} has no tensor to work on: see scope, include and exclude")
+    for option in _RANK_OPTIONS:
+        rank = method.given.get(option)
+        if sizes and isinstance(rank, int) and rank > max(sizes):
+            raise MergeError(f"{method.name}.{option}={rank} is above the largest rank, {max(sizes)}")
+
+
+def _scale(
+    scale: float | None, rule: Method, purifiers: Sequence[Method]
+) -> tuple[float, tuple[str, ...]]:
+    """The scale to use, and what the user should know about it."""
+    if scale is not None:
+        if not math.isfinite(scale):
+            raise MergeError(f"scale={scale} must be a finite number")
+        return float(scale), ()
+    if rule.name not in METHODS:
+        return 1.0, ("scale 1.0: your own rule has no recommended value",)
+    reduce = rule.setting("reduce") or "any"
+    if reduce not in rule.scale:
+        raise MergeError(f"{rule.name} with reduce={reduce!r} has no recommended scale: give one")
+    value, behind = rule.scale[reduce], ", ".join(m.name for m in purifiers)
+    if not purifiers:
+        return value, (f"scale {value}, recommended for {rule.name}",)
+    hint = f"no value is published behind {behind}: try several on validation data"
+    return value, (f"scale {value}, recommended for {rule.name} alone; {hint}",)
+
+
+def _task_weights(
+    weights: Sequence[float] | Mapping[str, float] | None, tasks: Iterable[Any], named: Mapping[str, Any]
+) -> dict[str, float]:
+    if weights is None:
+        return dict.fromkeys(named, 1.0)
+    if not isinstance(weights, Mapping):
+        names = tasks if isinstance(tasks, Mapping) else named
+        weights = dict(zip(map(str, names), weights, strict=False)) if len(weights) == len(named) else {}
+    if weights.keys() != named.keys() or not all(map(math.isfinite, weights.values())):
+        raise MergeError(f"weights must give one finite number for each of {_listing(named)}")
+    return {name: float(weights[name]) for name in named}
