@@ -24,8 +24,7 @@ from minipact.merging import (
     ties,
     tsv_m,
 )
-
-__version__ = "0.1.0"
+from minipact.version import __version__
 
 __all__ = [
     "METHODS",

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minipact import __version__
+from minipact.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,8 @@ def _fail(message: str, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="minipact", description="Merge fine-tuned models: task arithmetic, TIES, TSV, Iso, PACT."
+        prog="minipact",
+        description="Merge fine-tuned models: task arithmetic, TIES, TSV, Iso, PACT.",
     )
     parser.add_argument("--version", action="version", version=f"minipact {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -80,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.set_defaults(run=_merge)
     merge.add_argument("base", metavar="BASE", type=Path, help="pre-trained checkpoint")
-    merge.add_argument("tasks", metavar="TASK", nargs="+", help="fine-tuned checkpoint, or NAME=PATH")
+    merge.add_argument(
+        "tasks", metavar="TASK", nargs="+", help="fine-tuned checkpoint, or NAME=PATH"
+    )
     merge.add_argument("-o", "--output", metavar="OUT", type=Path, required=True,
                        help="OUT.safetensors for one file, else a folder in Hugging Face layout")  # fmt: skip
     merge.add_argument("--rule", default="task_arithmetic", help="merging rule (%(default)s)")
@@ -88,14 +91,24 @@ def _parser() -> argparse.ArgumentParser:
                        help="purifiers to run first, in order")  # fmt: skip
     merge.add_argument("--set", action="append", default=[], metavar="METHOD.OPTION=VALUE",
                        help="option of a method, such as pact.core=38")  # fmt: skip
-    merge.add_argument("--scale", type=float, help="factor of the merged task vector (the rule's own)")
+    merge.add_argument(
+        "--scale", type=float, help="factor of the merged task vector (the rule's own)"
+    )
     merge.add_argument("--weights", metavar="W,W,...", help="factor of each task vector (1 each)")
     merge.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (%(default)s)")
-    merge.add_argument("--dtype", choices=DTYPES, default="keep", help="of the output (%(default)s)")
-    merge.add_argument("--include", action="append", metavar="GLOB", help="merge only these tensors")
-    merge.add_argument("--exclude", action="append", metavar="GLOB", help="copy these from the base")
+    merge.add_argument(
+        "--dtype", choices=DTYPES, default="keep", help="of the output (%(default)s)"
+    )
+    merge.add_argument(
+        "--include", action="append", metavar="GLOB", help="merge only these tensors"
+    )
+    merge.add_argument(
+        "--exclude", action="append", metavar="GLOB", help="copy these from the base"
+    )
     merge.add_argument("--max-shard-size", default="5GB", help="of a folder's files (%(default)s)")
-    merge.add_argument("--seed", type=int, default=0, help="of random masks and sketches (%(default)s)")
+    merge.add_argument(
+        "--seed", type=int, default=0, help="of random masks and sketches (%(default)s)"
+    )
     merge.add_argument("--threads", type=int, help="CPU threads")
     merge.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
     merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -348,11 +361,15 @@ def _card(summary: dict[str, Any], digests: dict[str, Future[str]]) -> str:
     import torch
 
     tasks = "\n".join(
-        f"- {name}: `{path}`, weight {summary['weights'][name]}" for name, path in summary["tasks"].items()
+        f"- {name}: `{path}`, weight {summary['weights'][name]}"
+        for name, path in summary["tasks"].items()
     )
-    sums = "\n".join(f"- `{Path(file).name}`: `{digest.result()}`" for file, digest in digests.items())
+    sums = "\n".join(
+        f"- `{Path(file).name}`: `{digest.result()}`" for file, digest in digests.items()
+    )
     recipe = json.dumps(
-        {key: summary[key] for key in ("rule", "purify", "options", "scale", "seed", "dtype")}, indent=2
+        {key: summary[key] for key in ("rule", "purify", "options", "scale", "seed", "dtype")},
+        indent=2,
     )
     command = shlex.join(["minipact", *sys.argv[1:]])
     return f"""---

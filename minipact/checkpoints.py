@@ -127,7 +127,9 @@ def _open_sharded(folder: Path) -> Checkpoint:
         weight_map = json.loads(index.read_text())["weight_map"]
         shards = sorted({str(shard) for shard in weight_map.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of shards ({error!r}): fetch it again") from error
+        raise CheckpointError(
+            f"{index} is no index of shards ({error!r}): fetch it again"
+        ) from error
     outside = [shard for shard in shards if Path(shard).name != shard]
     if outside:
         raise CheckpointError(f"{index} names '{outside[0]}' outside of its folder: refused")
@@ -207,7 +209,9 @@ def _reader(handle: Any, file: Path, name: str) -> Callable[[], Tensor]:
 def _open_pickle(path: Path) -> Checkpoint:
     """State dict written by torch.save, read without running any code that it may hold."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and is not opened, as that would run code in it. If you "
@@ -220,7 +224,9 @@ def _open_pickle(path: Path) -> Checkpoint:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
-        raise CheckpointError(f"{path} is no state dict of tensors: save model.state_dict() instead")
+        raise CheckpointError(
+            f"{path} is no state dict of tensors: save model.state_dict() instead"
+        )
     if content and all(str(name).startswith("module.") for name in content):
         content = {str(name).removeprefix("module."): x for name, x in content.items()}
     tensors = {str(name): x.detach() for name, x in content.items()}
@@ -270,7 +276,9 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
     """
     path = Path(path)
     if path.suffix in PICKLES:
-        raise CheckpointError(f"{path}: pickles are not written; end it in .safetensors or in no suffix")
+        raise CheckpointError(
+            f"{path}: pickles are not written; end it in .safetensors or in no suffix"
+        )
     if not path.absolute().parent.is_dir():
         raise CheckpointError(f"{path}: its folder does not exist: create it first")
     if not path.exists():
@@ -278,9 +286,13 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
     if not overwrite:
         raise CheckpointError(f"{path} exists: choose another output, or give --overwrite")
     if path.is_dir() == (path.suffix == ".safetensors"):
-        raise CheckpointError(f"{path} exists as another kind (file or folder): choose another output")
+        raise CheckpointError(
+            f"{path} exists as another kind (file or folder): choose another output"
+        )
     if path.is_dir() and any(path.iterdir()) and not any(path.glob("*.safetensors")):
-        raise CheckpointError(f"{path} is a folder without weights and is not overwritten: choose another")
+        raise CheckpointError(
+            f"{path} is a folder without weights and is not overwritten: choose another"
+        )
 
 
 def save_checkpoint(

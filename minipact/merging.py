@@ -65,7 +65,9 @@ class TaskVector(dict[str, Tensor]):
 
     def dot(self, other: TaskVector) -> float:
         """Inner product over all entries, in float64."""
-        return sum(float((d.double() * other[name].double()).sum()) for name, d in self._with(other))
+        return sum(
+            float((d.double() * other[name].double()).sum()) for name, d in self._with(other)
+        )
 
     def norm(self) -> float:
         """Euclidean norm over all entries."""
@@ -85,7 +87,9 @@ class TaskVector(dict[str, Tensor]):
 
     def _with(self, other: TaskVector) -> Iterable[tuple[str, Tensor]]:
         if self.keys() != other.keys():
-            raise MergeError(f"task vectors differ in {_listing(sorted(self.keys() ^ other.keys()))}")
+            raise MergeError(
+                f"task vectors differ in {_listing(sorted(self.keys() ^ other.keys()))}"
+            )
         return self.items()
 
 
@@ -405,8 +409,13 @@ def _core(W0: Tensor, core: Rank, svd: str, generator: Generator) -> Tensor:
 
 
 def _reliance(
-    W0: Tensor, D: Tensor, core: Rank = 0.05, task: Rank = 0.04, tol: float = 1e-3,
-    svd: str = "exact", generator: Generator = None
+    W0: Tensor,
+    D: Tensor,
+    core: Rank = 0.05,
+    task: Rank = 0.04,
+    tol: float = 1e-3,
+    svd: str = "exact",
+    generator: Generator = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Every task's LBW basis, as coordinates in one common frame.
 
@@ -625,7 +634,9 @@ def _mean_singular_value(s: Tensor, D: Tensor, mean_over: str) -> Tensor:
 # ---- Whole models --------------------------------------------------------------------------------
 
 _LOOKUP_TABLES = ("token_embedding", "embed_tokens", "word_embeddings", "wte.")
-_GPT2_LAYERS = re.compile(r"(^|\.)h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
+_GPT2_LAYERS = re.compile(
+    r"(^|\.)h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight"
+)
 _RANK_OPTIONS = ("core", "task", "rank")
 
 
@@ -714,7 +725,10 @@ class Plan:
         if "thresholds" in method.needs:
             options["thresholds"] = thresholds
         inputs = [self.base[step.name].to(D), D] if "base" in method.needs else [D]
-        transposed = step.kind == "matrix_T" and (method.kind, method.scope) == ("purifier", "matrix")
+        transposed = step.kind == "matrix_T" and (method.kind, method.scope) == (
+            "purifier",
+            "matrix",
+        )
         if transposed:
             inputs = [x.mT for x in inputs]
         try:
@@ -936,7 +950,9 @@ def _check_stack(D: Tensor, W0: Tensor | None = None) -> None:
     if D.ndim != 3 or len(D) == 0 or not D.is_floating_point():
         raise MergeError(f"D must be a floating-point [T, m, n], not {D.dtype} {tuple(D.shape)}")
     if W0 is not None and W0.shape != D.shape[1:]:
-        raise MergeError(f"W0 {tuple(W0.shape)} does not fit D {tuple(D.shape)}, which is [T, m, n]")
+        raise MergeError(
+            f"W0 {tuple(W0.shape)} does not fit D {tuple(D.shape)}, which is [T, m, n]"
+        )
 
 
 def _named_tasks(tasks: Sequence[State] | Mapping[str, State]) -> dict[str, State]:
@@ -1016,7 +1032,9 @@ def _check_work(method: Method, steps: Iterable[Step]) -> None:
     for option in _RANK_OPTIONS:
         rank = method.given.get(option)
         if sizes and isinstance(rank, int) and rank > max(sizes):
-            raise MergeError(f"{method.name}.{option}={rank} is above the largest rank, {max(sizes)}")
+            raise MergeError(
+                f"{method.name}.{option}={rank} is above the largest rank, {max(sizes)}"
+            )
 
 
 def _scale(
@@ -1040,13 +1058,17 @@ def _scale(
 
 
 def _task_weights(
-    weights: Sequence[float] | Mapping[str, float] | None, tasks: Iterable[Any], named: Mapping[str, Any]
+    weights: Sequence[float] | Mapping[str, float] | None,
+    tasks: Iterable[Any],
+    named: Mapping[str, Any],
 ) -> dict[str, float]:
     if weights is None:
         return dict.fromkeys(named, 1.0)
     if not isinstance(weights, Mapping):
         names = tasks if isinstance(tasks, Mapping) else named
-        weights = dict(zip(map(str, names), weights, strict=False)) if len(weights) == len(named) else {}
+        weights = (
+            dict(zip(map(str, names), weights, strict=False)) if len(weights) == len(named) else {}
+        )
     if weights.keys() != named.keys() or not all(map(math.isfinite, weights.values())):
         raise MergeError(f"weights must give one finite number for each of {_listing(named)}")
     return {name: float(weights[name]) for name in named}

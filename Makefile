@@ -1,0 +1,52 @@
+# Everything runs in .venv, which is made and refreshed when pyproject.toml changes.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+NOTEBOOKS := $(wildcard book/*.ipynb)
+NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 -q
+
+.PHONY: help venv book test unit notebooks repro zoo bench screenshots clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+venv: .venv/installed  ## make the virtual environment
+
+.venv/installed: pyproject.toml minipact/version.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'Python 3.10 or newer is needed: make PYTHON=/path/to/python3.11'; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --prefer-binary -e '.[book,test]'
+	touch $@
+
+book: venv  ## build the book into _build/html, without executing it
+	$(BIN)/jupyter-book build . -W -n --keep-going
+
+test: unit  ## lint, types, unit tests, and the notebooks' results
+	$(if $(NOTEBOOKS),$(NBVAL) $(NOTEBOOKS))
+
+unit: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+notebooks: venv  ## execute the notebooks in place
+	$(if $(NOTEBOOKS),$(BIN)/python tools/execute.py $(NOTEBOOKS))
+
+repro: venv  ## the notebooks' results again: 1 and 2 threads, and plain CPU kernels
+	OMP_NUM_THREADS=1 $(NBVAL) $(NOTEBOOKS)
+	OMP_NUM_THREADS=2 $(NBVAL) $(NOTEBOOKS)
+	ATEN_CPU_CAPABILITY=default $(NBVAL) $(NOTEBOOKS)
+
+zoo: venv  ## retrain the mini zoo of seed 0 from nothing (about 25 minutes on 2 cores)
+	$(BIN)/python data/train_zoo.py --seed 0 --out data/zoo --table data/seeds.csv
+
+bench: venv  ## speed and memory, as JSON in benchmarks/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python benchmarks/vit_b32.py
+
+screenshots: venv  ## pages of the built book, desktop and phone, light and dark
+	$(BIN)/python tools/screenshots.py
+
+clean:  ## remove what the other targets made
+	rm -rf _build .venv screenshots minipact.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,33 @@
+"""Execute notebooks in place, under the settings of conftest.py.
+
+    python tools/execute.py book/01_task_arithmetic.ipynb
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import conftest  # noqa: F401  sets the environment that kernels inherit
+
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+
+
+def execute(path: Path) -> float:
+    """Run all cells from a fresh kernel and store outputs without volatile metadata; returns seconds."""
+    notebook = nbformat.read(path, as_version=4)
+    started = time.perf_counter()
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False)
+    client.execute(cwd=str(path.parent))
+    notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    nbformat.validate(notebook)
+    nbformat.write(notebook, path)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(f"{name}: {execute(Path(name)):.0f} s")
