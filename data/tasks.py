@@ -104,9 +104,7 @@ def _glyph(rng: Rng, text: str, size: int, turn: float, shear: float, shift: flo
 def _star(x: float, y: float, r: float, points: int, inner: float, turn: float) -> list:
     angles = turn + np.pi * np.arange(2 * points) / points - np.pi / 2
     radii = np.where(np.arange(2 * points) % 2 == 0, r, inner * r)
-    return list(
-        zip(x + radii * np.cos(angles), y + radii * np.sin(angles), strict=True)
-    )
+    return list(zip(x + radii * np.cos(angles), y + radii * np.sin(angles), strict=True))
 
 
 def _polygon(x: float, y: float, r: float, sides: int, turn: float) -> list:
@@ -114,7 +112,9 @@ def _polygon(x: float, y: float, r: float, sides: int, turn: float) -> list:
     return list(zip(x + r * np.cos(angles), y + r * np.sin(angles), strict=True))
 
 
-def _shape(draw: ImageDraw.ImageDraw, rng: Rng, kind: str, r: float, ink: Color, paper: Color) -> None:
+def _shape(
+    draw: ImageDraw.ImageDraw, rng: Rng, kind: str, r: float, ink: Color, paper: Color
+) -> None:
     x, y = 16 + rng.uniform(-3, 3, 2)
     turn = rng.uniform(-0.25, 0.25)
     box = (x - r, y - r, x + r, y + r)
@@ -168,7 +168,9 @@ def _texture(rng: Rng, kind: str, ink: Color, paper: Color) -> Array:
     elif kind == "diagonal stripes":
         on = np.sin(2 * np.pi * (x + y) / (1.4 * period)) > 0
     elif kind == "checkerboard":
-        on = (np.sin(2 * np.pi * x / (1.5 * period)) > 0) ^ (np.sin(2 * np.pi * y / (1.5 * period)) > 0)
+        on = (np.sin(2 * np.pi * x / (1.5 * period)) > 0) ^ (
+            np.sin(2 * np.pi * y / (1.5 * period)) > 0
+        )
     elif kind == "polka dots":
         on = np.hypot((x % period) - period / 2, (y % period) - period / 2) < 0.33 * period
     elif kind == "bricks":
@@ -231,12 +233,17 @@ def _aerial(rng: Rng, kind: str) -> Image.Image:
         for y in range(0, SIZE, 5):
             t = np.linspace(-1, SIZE, 12)
             wave = y + 2 * np.sin(t / 4 + rng.uniform(0, 1.5))
-            draw.line(list(zip(t, wave, strict=True)), fill=_jitter(rng, (175, 140, 90), 12), width=2)
+            draw.line(
+                list(zip(t, wave, strict=True)), fill=_jitter(rng, (175, 140, 90), 12), width=2
+            )
     else:  # parking lot
         for i in range(1, SIZE, 6):
             for j in range(1, SIZE, 11):
                 if rng.random() < 0.75:
-                    draw.rectangle((i, j, i + 3, j + 7), fill=_jitter(rng, COLORS[str(_pick(rng, tuple(COLORS)))], 20))
+                    draw.rectangle(
+                        (i, j, i + 3, j + 7),
+                        fill=_jitter(rng, COLORS[str(_pick(rng, tuple(COLORS)))], 20),
+                    )
             draw.line([(i + 4.5, 0), (i + 4.5, SIZE)], fill=(200, 200, 200))
     return image
 
@@ -282,7 +289,10 @@ def _sign(rng: Rng, kind: str, paper: Color) -> Image.Image:
 def _gradient(draw: ImageDraw.ImageDraw, top: Color, bottom: Color, height: int) -> None:
     for y in range(height):
         mix = y / max(1, height - 1)
-        draw.line([(0, y), (SIZE, y)], fill=tuple(int(a + mix * (b - a)) for a, b in zip(top, bottom, strict=True)))
+        draw.line(
+            [(0, y), (SIZE, y)],
+            fill=tuple(int(a + mix * (b - a)) for a, b in zip(top, bottom, strict=True)),
+        )
 
 
 def _scene(rng: Rng, kind: str) -> Image.Image:
@@ -300,8 +310,13 @@ def _scene(rng: Rng, kind: str) -> Image.Image:
         for x in rng.uniform(-2, SIZE, 4):
             h, w = rng.uniform(10, 18), rng.uniform(8, 13)
             peak = horizon + 6 - h
-            draw.polygon([(x - w, SIZE - 6), (x, peak), (x + w, SIZE - 6)], fill=_jitter(rng, (95, 95, 105), 20))
-            draw.polygon([(x - w / 5, peak + 4), (x, peak), (x + w / 5, peak + 4)], fill=(240, 240, 245))
+            draw.polygon(
+                [(x - w, SIZE - 6), (x, peak), (x + w, SIZE - 6)],
+                fill=_jitter(rng, (95, 95, 105), 20),
+            )
+            draw.polygon(
+                [(x - w / 5, peak + 4), (x, peak), (x + w / 5, peak + 4)], fill=(240, 240, 245)
+            )
         draw.rectangle((0, SIZE - 6, SIZE, SIZE), fill=_jitter(rng, (70, 120, 60), 15))
     elif kind == "city skyline":
         for x in range(-1, SIZE, 5):
@@ -321,11 +336,17 @@ def _scene(rng: Rng, kind: str) -> Image.Image:
         draw.rectangle(ground, fill=(240, 244, 250))
         for x in rng.uniform(2, 30, 3):
             h = rng.uniform(6, 11)
-            draw.polygon([(x - 3, horizon + 4), (x, horizon + 4 - h), (x + 3, horizon + 4)], fill=_jitter(rng, (35, 75, 50), 15))
+            draw.polygon(
+                [(x - 3, horizon + 4), (x, horizon + 4 - h), (x + 3, horizon + 4)],
+                fill=_jitter(rng, (35, 75, 50), 15),
+            )
     elif kind == "road":
         draw.rectangle(ground, fill=_jitter(rng, (90, 130, 70), 20))
         x = rng.uniform(13, 19)
-        draw.polygon([(x - 1, horizon), (x + 1, horizon), (28, SIZE), (4, SIZE)], fill=_jitter(rng, (85, 85, 88), 12))
+        draw.polygon(
+            [(x - 1, horizon), (x + 1, horizon), (28, SIZE), (4, SIZE)],
+            fill=_jitter(rng, (85, 85, 88), 12),
+        )
         draw.line([(x, horizon), (16, SIZE)], fill=(240, 230, 160))
     else:  # waterfall
         draw.rectangle((0, 6, SIZE, SIZE), fill=_jitter(rng, (80, 80, 70), 20))
@@ -362,7 +383,9 @@ def _draw_number(rng: Rng, label: int) -> Array:
     for side in (-21, 21):
         beside = _glyph(rng, str(rng.integers(10)), 28, 8, 0.1, 2)
         image.paste(ink, (int(side + middle), 0), beside)
-    image.paste(ink, (int(middle), 0), _glyph(rng, str(label), int(rng.integers(30, 36)), 10, 0.15, 1.5))
+    image.paste(
+        ink, (int(middle), 0), _glyph(rng, str(label), int(rng.integers(30, 36)), 10, 0.15, 1.5)
+    )
     return _camera(rng, image, noise=14, blur=0.9, tint=0.2)
 
 
@@ -371,7 +394,9 @@ def _draw_letter(rng: Rng, label: int) -> Array:
     image, draw = _canvas(paper)
     image.paste(ink, (0, 0), _glyph(rng, LETTERS[label], int(rng.integers(28, 38)), 20, 0.25, 2))
     for _ in range(2):
-        draw.line([tuple(p) for p in rng.uniform(0, SIZE, (2, 2))], fill=_pick(rng, (ink, paper)), width=2)
+        draw.line(
+            [tuple(p) for p in rng.uniform(0, SIZE, (2, 2))], fill=_pick(rng, (ink, paper)), width=2
+        )
     return _camera(rng, image, noise=22, blur=0.8, invert=0.5)
 
 

@@ -157,7 +157,9 @@ def finetune(
 ) -> State:
     """Image tower fine-tuned on one task against the frozen class embeddings."""
     tower = image_tower(MODEL, base).to(device).train()
-    images, labels = load(task, "train", None if task == "digits" else int(settings["task_images"]), seed)
+    images, labels = load(
+        task, "train", None if task == "digits" else int(settings["task_images"]), seed
+    )
     pixels, targets = to_tensor(images), torch.from_numpy(labels)
     steps, size = int(settings["finetune_steps"]), int(settings["batch"])
     optimizer, rate = optimizer_and_schedule(
@@ -281,7 +283,9 @@ def train(seed: int, out: Path, device: torch.device, settings: dict[str, float]
     recipe = work / "recipe.json"
     wanted = json.dumps({"seed": seed, "model": MODEL, "training": settings})
     if recipe.exists() and recipe.read_text() != wanted:
-        raise SystemExit(f"{work} holds another, unfinished run: remove it, or choose another --out")
+        raise SystemExit(
+            f"{work} holds another, unfinished run: remove it, or choose another --out"
+        )
     recipe.write_text(wanted)
     clip = pretrain(seed, work, device, settings).eval()
     heads = {task: class_embeddings(clip, task, device) for task in TASKS}
@@ -325,7 +329,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.table:
         append_csv(arguments.table, info)
     for task, row in info["tasks"].items():
-        shown = "  ".join(f"{k} {row[k]:.3f}" for k in ("zero_shot", "finetuned", "task_arithmetic"))
+        shown = "  ".join(
+            f"{k} {row[k]:.3f}" for k in ("zero_shot", "finetuned", "task_arithmetic")
+        )
         print(f"{task:10s} {shown}", file=sys.stdout)
 
 

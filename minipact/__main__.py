@@ -126,8 +126,13 @@ def _parser() -> argparse.ArgumentParser:
 def _merge(arguments: argparse.Namespace) -> int:
     import torch
 
-    from minipact.checkpoints import check_output, copy_side_files, open_checkpoint, parse_size
-    from minipact.checkpoints import save_checkpoint
+    from minipact.checkpoints import (
+        check_output,
+        copy_side_files,
+        open_checkpoint,
+        parse_size,
+        save_checkpoint,
+    )
     from minipact.merging import plan
 
     started = time.perf_counter()
@@ -153,10 +158,8 @@ def _merge(arguments: argparse.Namespace) -> int:
         try:
             card = _card_writer(arguments, summary, digests, copy_side_files)
             tensors = _merged(arguments, base, tasks, recipe, len(checked.steps))
-            if arguments.output.suffix == ".safetensors":
-                metadata = _provenance(arguments, summary)
-            else:
-                metadata = {}
+            single = arguments.output.suffix == ".safetensors"
+            metadata = _provenance(summary) if single else {}
             files = save_checkpoint(
                 arguments.output, tensors, max_shard_size=arguments.max_shard_size,
                 metadata=metadata, overwrite=arguments.overwrite, finish=card,
@@ -336,7 +339,7 @@ def _peak_memory_mb() -> int:
     return int(peak / (1e6 if sys.platform == "darwin" else 1e3))
 
 
-def _provenance(arguments: argparse.Namespace, summary: dict[str, Any]) -> dict[str, str]:
+def _provenance(summary: dict[str, Any]) -> dict[str, str]:
     """Strings for the header of a single file; no times or versions of others, so that bytes repeat."""
     kept = ("rule", "purify", "options", "scale", "weights", "seed")
     record = {key: summary[key] for key in kept}
@@ -406,7 +409,7 @@ Command:
 def _methods(arguments: argparse.Namespace) -> int:
     from minipact.merging import METHODS
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": method.name,
             "kind": method.kind,

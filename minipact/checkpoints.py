@@ -15,8 +15,9 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -63,7 +64,7 @@ class Checkpoint(Mapping[str, Tensor]):
         path: Path,
         files: list[Path],
         layout: str,
-        readers: dict[str, Callable[[], Tensor]],
+        readers: Mapping[str, Callable[[], Tensor]],
         metas: dict[str, Tensor],
         metadata: dict[str, str],
     ) -> None:
@@ -158,7 +159,7 @@ def _open_files(path: Path, files: list[Path], layout: str) -> Checkpoint:
     metadata: dict[str, str] = {}
     for file in files:
         try:
-            handle = safe_open(file, framework="pt")
+            handle: Any = safe_open(file, framework="pt")
             metadata.update(handle.metadata() or {})
             entries = {name: _meta(handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -230,25 +231,21 @@ def _open_pickle(path: Path) -> Checkpoint:
     if content and all(str(name).startswith("module.") for name in content):
         content = {str(name).removeprefix("module."): x for name, x in content.items()}
     tensors = {str(name): x.detach() for name, x in content.items()}
-    readers = {name: (lambda x=x: x) for name, x in tensors.items()}
+    readers = {name: partial(_same, x) for name, x in tensors.items()}
     metas = {name: torch.empty_like(x, device="meta") for name, x in tensors.items()}
     return Checkpoint(path, [path], f"{path.suffix} state dict", readers, metas, {})
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if _has_digest() else _digest(file)
-
-
-def _has_digest() -> bool:
-    return hasattr(hashlib, "file_digest")
-
-
-def _digest(file: Any) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -328,20 +325,20 @@ def save_checkpoint(
     limit = parse_size(max_shard_size)
     check_output(path, overwrite)
     header = {"format": "pt", **(metadata or {})}
-    partial = path.with_name(path.name + ".partial")
-    _remove(partial)
+    growing = path.with_name(path.name + ".partial")
+    _remove(growing)
     try:
         if path.suffix == ".safetensors":
-            _save_file(dict(tensors), partial, header)
+            _save_file(dict(tensors), growing, header)
         else:
-            partial.mkdir()
-            _write_shards(partial, tensors, limit, header)
+            growing.mkdir()
+            _write_shards(growing, tensors, limit, header)
             if finish is not None:
-                finish(partial)
-            _flush(partial)
-        _replace(partial, path)
+                finish(growing)
+            _flush(*growing.iterdir(), growing)
+        _replace(growing, path)
     except BaseException:
-        _remove(partial)
+        _remove(growing)
         raise
     return sorted(path.iterdir()) if path.is_dir() else [path]
 
@@ -384,12 +381,25 @@ def _save_file(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]
         save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata=header)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
-    with path.open("rb") as file:
+    with path.open("r+b") as file:
+        _sort_metadata(file)
+        file.flush()
         os.fsync(file.fileno())
 
 
-def _flush(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
+def _sort_metadata(file: BinaryIO) -> None:
+    """Put the header's strings in order: the library leaves it to chance, and equal runs give equal bytes."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+    if len(text) == length:
+        file.seek(8)
+        file.write(text)
+
+
+def _flush(*paths: Path) -> None:
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -411,15 +421,7 @@ def _replace(partial: Path, path: Path) -> None:
         raise
     _remove(aside)
     with contextlib.suppress(OSError):
-        _flush_folder(path.absolute().parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        _flush(path.absolute().parent)
 
 
 def _remove(path: Path) -> None:

@@ -748,7 +748,11 @@ class Plan:
         steps = [step for step in self.steps if step.rule == self.rule.name]
         size = sum(math.prod(step.shape) for step in steps)
         keep = _kept_entries(self.rule.setting("density"), size)
-        return _thresholds(lambda: map(self._purified, steps), len(self.tasks), keep)
+
+        def stream() -> Iterator[Tensor]:
+            yield from (D for step in steps if (D := self._purified(step)) is not None)
+
+        return _thresholds(stream, len(self.tasks), keep)
 
     def _refuse_identical(self) -> None:
         merged = [step.name for step in self.steps if step.rule != "copy"]

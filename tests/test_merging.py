@@ -216,8 +216,7 @@ def test_dare_keeps_the_mean_and_the_share():
 
 
 @pytest.mark.parametrize(
-    ("rule", "options"),
-    [("task_arithmetic", {}), ("ties", {"density": 1.0}), ("tsv_m", {})],
+    ("rule", "options"), [("task_arithmetic", {}), ("ties", {"density": 1.0}), ("tsv_m", {})]
 )
 @pytest.mark.parametrize("purify", [[], ["pact"], ["dare"]])
 def test_one_task_comes_back(rule: str, options: dict[str, float], purify: list[str]):
@@ -278,7 +277,9 @@ def test_rules_scale_with_their_inputs(rule: str):
 # ---- PACT ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("core", "task"), [(5, 3), (0.2, 0.1), (12, 4), ("energy:0.9", "energy:0.5")])
+@pytest.mark.parametrize(
+    ("core", "task"), [(5, 3), (0.2, 0.1), (12, 4), ("energy:0.9", "energy:0.5")]
+)
 def test_filtered_matrices_are_orthogonal_to_the_shield(core, task):
     W0, D = problem()
     filtered = mp.pact(W0, D, core=core, task=task)
@@ -406,7 +407,8 @@ def test_singular_subspaces_agree_with_lapack(shape: tuple[int, int]):
 
 
 @pytest.mark.parametrize(
-    ("rank", "count"), [(0, 0), (7, 7), (0.05, 5), (0.001, 1), (0.29, 29), (0.999, 99), ("energy:0.5", 1)]
+    ("rank", "count"),
+    [(0, 0), (7, 7), (0.05, 5), (0.001, 1), (0.29, 29), (0.999, 99), ("energy:0.5", 1)],
 )
 def test_ranks(rank, count: int):
     spectrum = torch.arange(1, 101).double() ** -2.0
@@ -420,7 +422,9 @@ def test_energy_rank_by_hand():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rank", [-1, 101, 1.0, 0.0, True, "energy:0", "energy:2", "energy:x", "half"])
+@pytest.mark.parametrize(
+    "rank", [-1, 101, 1.0, 0.0, True, "energy:0", "energy:2", "energy:x", "half"]
+)
 def test_ranks_out_of_range(rank):
     with pytest.raises(mp.MergeError, match="rank"):
         merging._count(rank, 100, torch.ones(100))
@@ -607,8 +611,14 @@ def broken(**changes: Tensor | None) -> dict[str, Tensor]:
         (broken(extra=torch.zeros(1)), "has 'extra'"),
         (broken(visual__proj=torch.zeros(3, 3)), r"'visual.proj' is torch.float32 \(3, 3\)"),
         (broken(visual__proj=torch.zeros(16, 12).long()), "int64"),
-        (broken(visual__proj=torch.full((16, 12), math.nan)), "'visual.proj' of task '1' holds NaN"),
-        (broken(visual__proj=torch.full((16, 12), math.inf)), "'visual.proj' of task '1' holds NaN"),
+        (
+            broken(visual__proj=torch.full((16, 12), math.nan)),
+            "'visual.proj' of task '1' holds NaN",
+        ),
+        (
+            broken(visual__proj=torch.full((16, 12), math.inf)),
+            "'visual.proj' of task '1' holds NaN",
+        ),
         (dict(BASE), "task '1' equals the base"),
         ({}, "lacks"),
         (None, "tasks must be"),
@@ -642,8 +652,14 @@ def test_all_problems_are_told_at_once():
         ({"purify": "pact", "options": {"pact": {"task": 1.5}}}, "rank 1.5"),
         ({"purify": "pact", "options": {"pact": {"tol": 2}}}, "tol=2"),
         ({"purify": "pact", "options": {"pact": {"svd": "fast"}}}, "svd 'fast'"),
-        ({"purify": "pact", "options": {"pact": {"core": "energy:.9", "svd": "randomized"}}}, "exact"),
-        ({"purify": "pact", "options": {"pact": {"scope": "*.attn.*"}}}, r"'\*.attn.\*' matches no"),
+        (
+            {"purify": "pact", "options": {"pact": {"core": "energy:.9", "svd": "randomized"}}},
+            "exact",
+        ),
+        (
+            {"purify": "pact", "options": {"pact": {"scope": "*.attn.*"}}},
+            r"'\*.attn.\*' matches no",
+        ),
         ({"purify": "pact", "include": "*.bias"}, "no tensor to work on"),
         ({"rule": "iso_cts", "options": {"iso_cts": {"common": 0}}}, "common=0"),
         ({"rule": "iso_c", "options": {"iso_c": {"mean_over": "some"}}}, "mean_over 'some'"),

@@ -1,6 +1,6 @@
 """Execute notebooks in place, under the settings of conftest.py.
 
-    python tools/execute.py book/01_task_arithmetic.ipynb
+python tools/execute.py book/01_task_arithmetic.ipynb
 """
 
 import sys
