@@ -129,7 +129,7 @@ def style() -> None:
 
 def gallery(columns: int = 10) -> None:
     """A row of test images for every task."""
-    fig, axes = plt.subplots(len(TASKS), 1, figsize=(7.2, 0.8 * len(TASKS)))
+    _, axes = plt.subplots(len(TASKS), 1, figsize=(7.2, 0.8 * len(TASKS)))
     for ax, task in zip(axes, TASKS, strict=True):
         images, labels = pictures(task)
         kinds = len(zoo_tasks.TASKS[task].classes)
@@ -146,7 +146,7 @@ def heatmap(
 ) -> None:
     """Labelled heatmap with a colour bar and the numbers in the cells."""
     settings = {"annot": True, "fmt": ".2f", "cmap": "cividis", "annot_kws": {"size": 8}}
-    fig, ax = plt.subplots(figsize=(1.2 + 0.72 * len(columns), 0.9 + 0.48 * len(rows)))
+    _, ax = plt.subplots(figsize=(1.2 + 0.72 * len(columns), 0.9 + 0.48 * len(rows)))
     sns.heatmap(
         matrix, xticklabels=columns, yticklabels=rows, cbar_kws={"label": label}, ax=ax,
         **settings | options,

@@ -86,7 +86,7 @@ def image_tower(config: dict[str, Any], weights: State | None = None) -> nn.Modu
 
 
 @torch.no_grad()
-def logits(tower: nn.Module, head: Tensor, pixels: Tensor, batch: int = 250) -> Tensor:
+def logits(tower: nn.Module, head: Tensor, pixels: Tensor, batch: int = 100) -> Tensor:
     """Cosines [N, classes] between image embeddings and class embeddings."""
     return torch.cat([normalize(tower(x), dim=-1) @ head.mT for x in pixels.split(batch)])
 
