@@ -24,7 +24,10 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-MODES = {"exact": [], "randomized": ["--set", "pact.svd=randomized", "--set", "tsv_m.svd=randomized"]}
+MODES = {
+    "exact": [],
+    "randomized": ["--set", "pact.svd=randomized", "--set", "tsv_m.svd=randomized"],
+}
 
 
 def make_checkpoints(folder: Path, tasks: int = 3, seed: int = 0) -> tuple[Path, list[Path]]:
@@ -46,7 +49,10 @@ def fine_tuned(base: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tens
     for name, x in base.items():
         delta = torch.randn(x.shape, generator=g)
         if x.ndim == 2:
-            u, v = torch.randn(x.shape[0], 16, generator=g), torch.randn(16, x.shape[1], generator=g)
+            u, v = (
+                torch.randn(x.shape[0], 16, generator=g),
+                torch.randn(16, x.shape[1], generator=g),
+            )
             delta += u @ v
         tuned[name] = x + 0.03 * (x.norm() + 1e-3) / delta.norm() * delta
     return tuned
@@ -88,7 +94,9 @@ def main() -> None:
     parser.add_argument("--machine", default=f"{platform.machine()}_{os.cpu_count()}cores")
     arguments = parser.parse_args()
     python = [sys.executable, "-m"]
-    bare = run([sys.executable, "-c", "import torch, safetensors.torch, minipact, time; time.sleep(1)"])
+    bare = run(
+        [sys.executable, "-c", "import torch, safetensors.torch, minipact, time; time.sleep(1)"]
+    )
     results = {"machine": arguments.machine, "torch": torch.__version__, "modes": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, imported by open_clip
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import tasks as zoo_tasks  # noqa: E402  lies in data/
@@ -111,7 +112,6 @@ def table(columns: Mapping[str, Mapping[str, float]]) -> None:
 
 def style() -> None:
     """One look for all figures; called at the top of every chapter."""
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
     sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE)
     mpl.rcParams.update({
         "figure.figsize": (7.2, 4.2),

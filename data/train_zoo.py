@@ -25,10 +25,11 @@ import open_clip
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import save_file
-from tasks import TASKS, load, pretrain_world, to_tensor
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
+
+from tasks import TASKS, load, pretrain_world, to_tensor
 from zoo_io import State, accuracy, image_tower, write_sums
 
 MODEL: dict[str, Any] = {
@@ -263,7 +264,7 @@ def write_zoo(
 
 def append_csv(path: Path, info: dict[str, Any]) -> None:
     """Replace this seed's rows in a table of results."""
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     rows = [row for row in rows if row["seed"] != str(info["seed"])]
     columns = ["zero_shot", "finetuned", "task_arithmetic"]
     rows += [

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from safetensors.torch import load_file
-from tasks import TASKS, to_tensor
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+
+from tasks import TASKS, to_tensor
 
 State = dict[str, Tensor]
 

@@ -65,7 +65,9 @@ def test_readme_commands_and_code():
 def test_public_address_stands_in_one_place():
     address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
     name = address.removeprefix("https://")
-    texts = [p for p in tracked() if p.suffix in {".md", ".py", ".toml", ".yml", ".cff", ".ipynb", ""}]
+    texts = [
+        p for p in tracked() if p.suffix in {".md", ".py", ".toml", ".yml", ".cff", ".ipynb", ""}
+    ]
     holders = {p.name for p in texts if name in p.read_text(errors="ignore")}
     assert holders <= {"_config.yml"}
 

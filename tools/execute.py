@@ -20,7 +20,7 @@ def execute(path: Path) -> float:
     """Run all cells from a fresh kernel and store outputs without volatile metadata; returns seconds."""
     notebook = nbformat.read(path, as_version=4)
     started = time.perf_counter()
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False)
+    client = NotebookClient(notebook, timeout=600, record_timing=False, coalesce_streams=True)
     client.execute(cwd=str(path.parent))
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     nbformat.validate(notebook)
