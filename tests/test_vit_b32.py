@@ -1,0 +1,37 @@
+"""The main job at full size: three fine-tuned image towers of open_clip's ViT-B-32, from files to a file."""
+
+import sys
+from pathlib import Path
+
+import open_clip
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import minipact as mp
+from minipact.__main__ import main
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from vit_b32 import make_checkpoints
+
+
+def test_pact_and_tsv_m_merge_three_image_towers(tmp_path: Path):
+    base, tasks = make_checkpoints(tmp_path)
+    out = tmp_path / "merged.safetensors"
+    fast = ["--set", "pact.svd=randomized", "--set", "tsv_m.svd=randomized"]
+    arguments = [str(base), *map(str, tasks), "-o", str(out), "--rule", "tsv_m", "--purify", "pact"]
+    assert main(["merge", *arguments, *fast, "--quiet"]) == 0
+    merged = load_file(out)
+    tower = open_clip.create_model("ViT-B-32", pretrained=None).visual
+    tower.load_state_dict({name.removeprefix("visual."): x for name, x in merged.items()})
+    assert sum(x.numel() for x in merged.values()) > 87e6
+
+    name = "visual.transformer.resblocks.5.attn.out_proj.weight"
+    with safe_open(base, framework="pt") as file:
+        W0 = file.get_tensor(name)
+    D = torch.stack([safe_open(path, framework="pt").get_tensor(name) - W0 for path in tasks])
+    exact = mp.tsv_m(mp.pact(W0, D))
+    assert torch.dist(merged[name] - W0, exact) < 0.1 * exact.norm()
+    core = torch.linalg.svd(W0.double()).Vh[:38].mT
+    assert (exact.double() @ core).norm() < 1e-3 * exact.norm()
