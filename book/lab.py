@@ -74,7 +74,9 @@ def accuracy(weights: State, task: str, split: str = "test") -> float:
     return accuracies(weights, split, [task])[task]
 
 
-def accuracies(weights: State, split: str = "test", only: Sequence[str] = TASKS) -> dict[str, float]:
+def accuracies(
+    weights: State, split: str = "test", only: Sequence[str] = TASKS
+) -> dict[str, float]:
     """Accuracy on every task, task -> share in 0..1."""
     tower, heads = _tower(), load_zoo().heads
     tower.load_state_dict({name.removeprefix("visual."): x for name, x in weights.items()})
