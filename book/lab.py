@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, imported by open_clip
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+import minipact as mp  # noqa: E402
 import tasks as zoo_tasks  # noqa: E402  lies in data/
 import zoo_io  # noqa: E402
 
@@ -90,6 +91,18 @@ def accuracies(
 def mean(values: Mapping[str, float] | Sequence[float]) -> float:
     """Plain average of a list or of a mapping's values."""
     return float(np.mean(list(values.values() if isinstance(values, Mapping) else values)))
+
+
+def tune(
+    delta: mp.TaskVector,
+    scales: Sequence[float],
+    only: Sequence[str] = TASKS,
+    base: State | None = None,
+) -> tuple[float, list[float]]:
+    """The scale with the best average validation accuracy, and that average at every scale."""
+    start = load_zoo().base if base is None else base
+    scores = [mean(accuracies(delta.apply_to(start, a), "val", only)) for a in scales]
+    return scales[int(np.argmax(scores))], scores
 
 
 # ---- Numbers in print ----------------------------------------------------------------------------

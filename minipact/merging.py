@@ -408,6 +408,20 @@ def _core(W0: Tensor, core: Rank, svd: str, generator: Generator) -> Tensor:
     return _leading_svd(W0, core, svd, generator)[2]
 
 
+def _coordinates(
+    W0: Tensor, D: Tensor, core: Rank, task: Rank, svd: str, generator: Generator
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Core and updates in one common frame, in which all further work is q <= K + sum of k_t wide.
+
+    Returns an orthonormal frame [n, q] whose span holds V_0 and every V_t, the coordinates [q, K] of V_0
+    in it, and those [q, k_t] of each task's leading right singular vectors V_t.
+    """
+    v0 = _core(W0, core, svd, generator)
+    updates = [_leading_svd(d, task, svd, generator)[2] for d in D]
+    frame = torch.linalg.qr(torch.cat([v0, *updates], dim=1)).Q
+    return frame, frame.mT @ v0, [frame.mT @ v for v in updates]
+
+
 def _reliance(
     W0: Tensor,
     D: Tensor,
@@ -417,18 +431,10 @@ def _reliance(
     svd: str = "exact",
     generator: Generator = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Every task's LBW basis, as coordinates in one common frame.
-
-    Returns an orthonormal frame [n, q], q <= K + sum of k_t, whose span holds V_0 and every V_t, and
-    for each task the basis [q, r_t] of V_0 - V_t V_t^T V_0 in it. All further work is q wide.
-    """
+    """Common frame [n, q], and in it every task's LBW basis [q, r_t], of V_0 - V_t V_t^T V_0."""
     if not 0 <= tol < 1:
         raise MergeError(f"tol={tol} must satisfy 0 <= tol < 1")
-    v0 = _core(W0, core, svd, generator)
-    updates = [_leading_svd(d, task, svd, generator)[2] for d in D]
-    frame = torch.linalg.qr(torch.cat([v0, *updates], dim=1)).Q
-    c0 = frame.mT @ v0
-    own = [frame.mT @ v for v in updates]
+    frame, c0, own = _coordinates(W0, D, core, task, svd, generator)
     return frame, [_orth(c0 - c @ (c.mT @ c0), tol) for c in own]
 
 

@@ -1,0 +1,207 @@
+"""Diagnoses of task matrices from the weights alone: where tasks collide, and on what they rely.
+
+Everything acts on the base weight W0 [m, n] and the task matrices D [T, m, n] of one weight; average over
+the weights of a model as the papers do. Needs `minipact.merging` and torch only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipact.merging import (
+    Generator,
+    MergeError,
+    Rank,
+    _check_known,
+    _check_stack,
+    _coordinates,
+    _core,
+    _leading_svd,
+    _lift,
+    _orth,
+)
+
+# ---- Task singular vectors -----------------------------------------------------------------------
+
+
+def tsv_compress(
+    D: Tensor, *, rank: Rank | None = None, svd: str = "exact", generator: Generator = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """TSV-Compress: keep the leading singular triples of each task matrix.
+
+    Args:
+        D: [T, m, n] task matrices.
+        rank: k, triples per task: count, share or energy as in `pact`; None is min(m, n) // T, at
+            least 1, so that all tasks together take about the room of two matrices, whatever T.
+        svd, generator: as in `pact`.
+
+    Returns:
+        U [T, m, k], S [T, k] descending, V [T, n, k] in D's dtype; where a task has
+        fewer than k directions, the rest is zero. Source: Gargiulo et al. 2025, section 3.1 (arXiv 2412.00081).
+
+    Raises:
+        MergeError: D is not a finite stack of matrices, or an option is out of range.
+    """
+    _check_stack(D)
+    k = max(1, min(D.shape[1:]) // len(D)) if rank is None else rank
+    triples = [_leading_svd(d, k, svd, generator) for d in D]
+    width = max(len(s) for _, s, _ in triples)
+    padded = [[_widened(x, width) for x in parts] for parts in zip(*triples, strict=True)]
+    u, s, v = (torch.stack(parts).to(D.dtype) for parts in padded)
+    return u, s, v
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+def tsv_decompress(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+    """Task matrices [T, m, n] out of `tsv_compress`' U [T, m, k], S [T, k], V [T, n, k]."""
+    return (U * S.unsqueeze(-2)) @ V.mT
+
+
+def singular_task_interference(
+    D: Tensor, *, rank: Rank | None = None, norm: str = "entrywise"
+) -> float:
+    """Singular task interference: how much the leading singular vectors of the tasks overlap.
+
+    || (U^T U - I) diag(S) (V^T V - I) ||_1 with the triples of all tasks side by side, U [m, Tk], S [Tk],
+    V [n, Tk]. 0 where the tasks' singular vectors are orthogonal. Source: Gargiulo et al. 2025, section 3.2.
+
+    Args:
+        D: [T, m, n] task matrices.
+        rank: k as in `tsv_compress`.
+        norm: "entrywise" sums all magnitudes; "induced" takes the largest column sum.
+
+    Raises:
+        MergeError: D is not a finite stack of matrices, or an option is out of range.
+    """
+    _check_known("norm", [norm], ("entrywise", "induced"))
+    u, s, v = (x.double() for x in tsv_compress(_lift(D), rank=rank))
+    u, s, v = u.transpose(0, 1).flatten(1), s.flatten(), v.transpose(0, 1).flatten(1)
+    present = s > 0
+    overlap_u, overlap_v = (
+        x[:, present].mT @ x[:, present] - torch.eye(int(present.sum())).to(x) for x in (u, v)
+    )
+    magnitudes = (overlap_u @ (s[present, None] * overlap_v)).abs()
+    return float(magnitudes.sum() if norm == "entrywise" else magnitudes.sum(0).max())
+
+
+# ---- Load-bearing walls as subspaces -------------------------------------------------------------
+
+
+def lbw_similarity(
+    W0: Tensor,
+    D: Tensor,
+    *,
+    core: Rank = 0.05,
+    task: Rank = 0.04,
+    tol: float = 1e-3,
+    svd: str = "exact",
+    generator: Generator = None,
+) -> Tensor:
+    """Similarity of the tasks' LBW subspaces, [T, T] in float64, entries in [0, 1], diagonal 1.
+
+    Sim(A, B) = ||B_A^T B_B||_F^2 / min(r_A, r_B) with the orthonormal bases B of `lbw_basis`. All of
+    them lie near the same core, so values near 1 are the rule: compare with tasks whose updates are
+    random. NaN where a subspace is empty. Arguments and errors as in `pact`. Source: Shi et al. 2026
+    (arXiv 2606.18627), released analysis.
+    """
+    bases, _ = _walls_and_updates(W0, D, core, task, tol, svd, generator)
+    rows = [[_overlap(a, b, min(a.shape[1], b.shape[1])) for b in bases] for a in bases]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def hidden_interference(
+    W0: Tensor,
+    D: Tensor,
+    *,
+    core: Rank = 0.05,
+    task: Rank = 0.04,
+    tol: float = 1e-3,
+    svd: str = "exact",
+    generator: Generator = None,
+) -> Tensor:
+    """Share of each task's leading update directions that lies in another task's LBW subspace.
+
+    [T, T] in float64: row B is the interferer, column A the victim, ||V_B^T B_A||_F^2 / k_B with V_B
+    [n, k_B] the leading right singular vectors of D_B and B_A [n, r_A] the basis of `lbw_basis`.
+    Entries in [0, 1], diagonal 0 by construction; for random directions about r_A / n. NaN where B has
+    no update. Arguments and errors as in `pact`. Source: Shi et al. 2026 (arXiv 2606.18627), released
+    analysis.
+    """
+    bases, updates = _walls_and_updates(W0, D, core, task, tol, svd, generator)
+    rows = [[_overlap(v, b, v.shape[1]) for b in bases] for v in updates]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _walls_and_updates(
+    W0: Tensor, D: Tensor, core: Rank, task: Rank, tol: float, svd: str, generator: Generator
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Per task its LBW basis and its leading update directions, as coordinates in one frame."""
+    _check_stack(D, W0)
+    _, c0, own = _coordinates(W0, D, core, task, svd, generator)
+    return [_orth(c0 - c @ (c.mT @ c0), tol) for c in own], own
+
+
+def _overlap(a: Tensor, b: Tensor, size: int) -> float:
+    return float((a.mT @ b).square().sum()) / size if size else float("nan")
+
+
+def intrusion_energy(W0: Tensor, D: Tensor, *, core: Rank = 0.05, **settings: Any) -> Tensor:
+    """Share of each task matrix that acts on the pre-trained core, [T] in float64.
+
+    ||D_t V_0||_F^2 / ||D_t||_F^2 with V_0 [n, K] the leading right singular vectors of W0; about K / n
+    for a task matrix without preference, 1 for a full core, 0 for a zero task matrix. Keywords core,
+    svd, generator and errors as in `pact`. Source: Shi et al. 2026 (arXiv 2606.18627), released analysis.
+    """
+    return axis_profile(W0, D, core=core, **settings).sum(1)
+
+
+def axis_profile(
+    W0: Tensor, D: Tensor, *, core: Rank = 0.05, svd: str = "exact", generator: Generator = None
+) -> Tensor:
+    """Share of each task matrix on every single core direction, [T, K] in float64.
+
+    ||D_t v_i||^2 / ||D_t||_F^2 for the leading right singular vectors v_i of W0; rows sum to
+    `intrusion_energy`. Keywords and errors as in `pact`.
+    """
+    _check_stack(D, W0)
+    v0 = _core(W0, core, svd, generator)
+    wide = D.double()
+    energy = wide.square().sum((1, 2)).clamp(min=1e-300)
+    return (wide @ v0).square().sum(1) / energy.unsqueeze(1)
+
+
+# ---- Ablation of subspaces -----------------------------------------------------------------------
+
+
+def ablate_subspace(X: Tensor, basis: Tensor) -> Tensor:
+    """X [..., m, n] without what it does on the span of an orthonormal basis P [n, p]: X - X P P^T.
+
+    In X's dtype. Raises MergeError where the shapes do not fit.
+    """
+    if basis.ndim != 2 or basis.shape[0] != X.shape[-1]:
+        raise MergeError(f"basis {tuple(basis.shape)} does not fit X {tuple(X.shape)}: use [n, p]")
+    p = basis.to(_lift(X))
+    return (_lift(X) - (_lift(X) @ p) @ p.mT).to(X.dtype)
+
+
+def random_subspace(avoid: Tensor, size: int, *, generator: Generator = None) -> Tensor:
+    """Random orthonormal basis [n, size] in float64, orthogonal to the orthonormal columns of `avoid` [n, K].
+
+    The control of a subspace ablation: as many directions, but none of the core.
+
+    Raises:
+        MergeError: fewer than `size` directions are left.
+    """
+    n, taken = avoid.shape
+    if not 0 <= size <= n - taken:
+        raise MergeError(f"size={size}: only {n - taken} of {n} directions are left beside `avoid`")
+    held = avoid.double()
+    draw = torch.randn(n, size, generator=generator, dtype=torch.float64, device=held.device)
+    basis: Tensor = torch.linalg.qr(draw - held @ (held.mT @ draw)).Q
+    return basis
