@@ -17,7 +17,7 @@ import inspect
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -27,8 +27,12 @@ from torch import Tensor
 
 Rank = int | float | str
 State = Mapping[str, Tensor]
+Tasks = Sequence[State] | Mapping[str, State]
 Function = Callable[..., Tensor]
 Generator = torch.Generator | None
+Triples = tuple[Tensor, Tensor, Tensor]
+Dtype = torch.dtype | None
+Progress = Callable[[int, int, str], None] | None
 
 
 class MergeError(ValueError):
@@ -48,7 +52,7 @@ class TaskVector(dict[str, Tensor]):
     def __add__(self, other: TaskVector | int) -> TaskVector:
         if isinstance(other, int):  # sum() starts from the integer 0
             return TaskVector(self) if other == 0 else NotImplemented
-        return TaskVector({name: delta + other[name] for name, delta in self._with(other)})
+        return TaskVector({name: delta + x for name, delta, x in self._with(other)})
 
     __radd__ = __add__
 
@@ -65,9 +69,7 @@ class TaskVector(dict[str, Tensor]):
 
     def dot(self, other: TaskVector) -> float:
         """Inner product over all entries, in float64."""
-        return sum(
-            float((d.double() * other[name].double()).sum()) for name, d in self._with(other)
-        )
+        return sum(float((d.double() * x.double()).sum()) for _, d, x in self._with(other))
 
     def norm(self) -> float:
         """Euclidean norm over all entries."""
@@ -85,28 +87,20 @@ class TaskVector(dict[str, Tensor]):
             raise MergeError(f"the base lacks {_listing(unknown)}: is it the right base?")
         return {name: _add(name, x, self.get(name), scale, None) for name, x in base.items()}
 
-    def _with(self, other: TaskVector) -> Iterable[tuple[str, Tensor]]:
+    def _with(self, other: TaskVector) -> Iterator[tuple[str, Tensor, Tensor]]:
         if self.keys() != other.keys():
-            raise MergeError(
-                f"task vectors differ in {_listing(sorted(self.keys() ^ other.keys()))}"
-            )
-        return self.items()
+            differing = sorted(self.keys() ^ other.keys())
+            raise MergeError(f"task vectors differ in {_listing(differing)}")
+        return ((name, delta, other[name]) for name, delta in self.items())
 
 
 def task_vector(base: State, tuned: State) -> TaskVector:
     """Task vector: fine-tuned minus pre-trained weights (Ilharco et al. 2023, section 2).
 
-    Args:
-        base, tuned: mappings name -> tensor with equal names and shapes.
-
-    Returns:
-        name -> difference for every floating-point tensor, in float32 (float64 where an input is).
-
-    Raises:
-        MergeError: names or shapes differ, or a tensor holds NaN or infinity.
+    name -> difference for every floating-point tensor, in float32 (float64 where an input is). Raises
+    MergeError where names or shapes of the two mappings differ, or a tensor holds NaN or infinity.
     """
-    problems = _mismatches(base, "tuned", tuned)
-    if problems:
+    if problems := _mismatches(base, "tuned", tuned):
         raise MergeError("\n".join(problems))
     names = [name for name in base if _meta(base, name).is_floating_point()]
     return TaskVector({name: _task_deltas(name, base, {"tuned": tuned})[0] for name in names})
@@ -119,13 +113,10 @@ def task_vector(base: State, tuned: State) -> TaskVector:
 class Method:
     """A purifier or a rule as `merge` sees it.
 
-    Attributes:
-        kind: "purifier" or "rule".
-        scope: "matrix" acts on 2-D weights (a rule then gives vectors the mean), "tensor" on every
-            floating-point tensor.
-        scale: rules only, recommended scale per value of `reduce` ("any" where there is none).
-        needs: what `merge` supplies besides D: "base", "generator", "generators", "thresholds".
-        given: options set by the caller. patterns: globs of the tensor names it is limited to.
+    `kind` is "purifier" or "rule". `scope` "matrix" acts on 2-D weights (a rule then gives vectors the
+    mean), "tensor" on every floating-point tensor. `scale` is a rule's recommended scale per value of
+    `reduce` ("any" where there is none), `needs` what `merge` supplies besides D, `given` the options
+    of this run, `patterns` globs of the tensor names it is limited to.
     """
 
     name: str
@@ -139,29 +130,24 @@ class Method:
     patterns: tuple[str, ...] = ("*",)
 
     @property
-    def summary(self) -> str:
-        """First line of the function's docstring."""
-        return (inspect.getdoc(self.function) or self.name).splitlines()[0]
-
-    @property
     def options(self) -> dict[str, Any]:
         """Names of the options with their defaults."""
-        supplied = {"W0", "D", "generator", "thresholds"}
         parameters = inspect.signature(self.function).parameters.values()
+        supplied = ("W0", "D", "generator", "thresholds")
         options = {p.name: p.default for p in parameters if p.name not in supplied}
         if self.kind == "purifier" or "thresholds" in self.needs:
             options["scope"] = None if self.kind == "purifier" else "global"
         return options
 
-    def setting(self, option: str) -> Any:
-        """Value of an option: as given, else its default."""
-        return self.given.get(option, self.options.get(option))
+    @property
+    def summary(self) -> str:
+        """First line of the function's docstring."""
+        return (inspect.getdoc(self.function) or self.name).splitlines()[0]
 
     def covers(self, name: str, kind: str) -> bool:
         """Whether the method acts on a tensor of this name and kind."""
-        if self.scope == "matrix" and not kind.startswith("matrix"):
-            return False
-        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
+        fits = self.scope == "tensor" or kind.startswith("matrix")
+        return fits and _matches(name, self.patterns)
 
 
 METHODS: dict[str, Method] = {}
@@ -189,44 +175,47 @@ def _rank_tolerance(dtype: torch.dtype) -> float:
     return 1e-12 if dtype == torch.float64 else 1e-5
 
 
-def _svd(x: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD on the numerical range, in float64: U [m, r], S [r] descending, V [n, r], S > tol S_1.
+def _svd(x: Tensor, tol: float, rank: Rank | None = None) -> Triples:
+    """SVD in float64 on the numerical range, S > tol S_1: U [m, k], S [k] descending, V [n, k].
 
-    From tol 1e-6 on it goes by the eigenvectors of the smaller Gram matrix, several times faster than
-    an SVD; a Gram matrix squares the singular values, so it cannot serve smaller tolerances.
+    With a rank, only the leading triples. From tol 1e-6 on it goes by the eigenvectors of the smaller
+    Gram matrix, several times faster than an SVD; a Gram matrix squares the singular values, so it
+    cannot serve smaller tolerances.
     """
-    if not torch.isfinite(x).all():
+    if not _is_finite(x):
         raise MergeError("a matrix holds NaN or infinity: check the checkpoints it comes from")
     if x.shape[0] < x.shape[1]:
-        v, s, u = _svd(x.mT, tol)
+        v, s, u = _svd(x.mT, tol, rank)
         return u, s, v
     x = x.double()
     if tol < 1e-6:
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
-        keep = s > tol * s[:1]
-        return u[:, keep], s[keep], vh.mT[:, keep]
-    squares, v = torch.linalg.eigh(x.mT @ x)
-    s, v = squares.flip(0).clamp(min=0).sqrt(), v.flip(1)
-    keep = s > tol * s[:1]
-    return x @ v[:, keep] / s[keep], s[keep], v[:, keep]
+        v = vh.mT
+    else:
+        squares, v = torch.linalg.eigh(x.mT @ x)
+        s, v = squares.flip(0).clamp(min=0).sqrt(), v.flip(1)
+    k = int((s > tol * s[:1]).sum())
+    k = k if rank is None else min(k, _count(rank, min(x.shape), s[:k]))
+    s, v = s[:k], v[:, :k]
+    return (u[:, :k] if tol < 1e-6 else x @ v / s), s, v
 
 
 def _randomized_svd(
     x: Tensor, count: int, generator: Generator, oversample: int = 10, power: int = 3
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Triples:
     """Leading singular triples by the range finder with power iterations (Halko et al. 2011)."""
     shape = (x.shape[1], min(count + oversample, *x.shape))
-    q = torch.linalg.qr(x @ _random(torch.randn, shape, generator).to(x)).Q
+    sketch = torch.randn(shape, dtype=torch.float64, **_source(generator))
+    q = torch.linalg.qr(x @ sketch.to(x)).Q
     for _ in range(power):
         q = torch.linalg.qr(x @ torch.linalg.qr(x.mT @ q).Q).Q
-    u, s, v = _svd(q.mT @ x, _rank_tolerance(x.dtype))
-    return q.double() @ u[:, :count], s[:count], v[:, :count]
+    u, s, v = _svd(q.mT @ x, _rank_tolerance(x.dtype), min(count, shape[1]))
+    return q.double() @ u, s, v
 
 
-def _random(draw: Function, shape: Sequence[int], generator: Generator) -> Tensor:
-    """Random numbers from the generator on its own device, so that they are the same on all others."""
-    device = generator.device if generator else torch.device("cpu")
-    return draw(shape, generator=generator, device=device)
+def _source(generator: Generator) -> dict[str, Any]:
+    """Draw on the generator's own device, so that the numbers are the same on all others."""
+    return {"generator": generator, "device": generator.device if generator else "cpu"}
 
 
 def _count(rank: Rank, size: int, spectrum: Tensor | None = None) -> int:
@@ -246,17 +235,13 @@ def _count(rank: Rank, size: int, spectrum: Tensor | None = None) -> int:
     )
 
 
-def _leading_svd(
-    x: Tensor, rank: Rank, svd: str, generator: Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def _leading_svd(x: Tensor, rank: Rank, svd: str, generator: Generator) -> Triples:
     """Leading singular triples U [m, k], S [k], V [n, k] in float64, k at most the numerical rank."""
     _check_known("svd", [svd], ("exact", "randomized"))
     x = _lift(x)
     if svd == "randomized":
         return _randomized_svd(x, _count(rank, min(x.shape)), generator)
-    u, s, v = _svd(x, _rank_tolerance(x.dtype))
-    count = _count(rank, min(x.shape), s)
-    return u[:, :count], s[:count], v[:, :count]
+    return _svd(x, _rank_tolerance(x.dtype), rank)
 
 
 def _polar(x: Tensor, tol: float) -> Tensor:
@@ -290,13 +275,12 @@ def pact(
     tasks rely on. Source: Shi et al. 2026 (arXiv 2606.18627); `strength` below 1 is our extension.
 
     Args:
-        W0: [m, n] pre-trained weight itself, not a difference; its right singular vectors span the core.
+        W0: [m, n] pre-trained weight itself, not a difference.
         D: [T, m, n] task matrices W_t - W0.
         core: K, leading right singular directions of W0 that form the pre-trained core.
-        task: k, leading right singular directions of each D_t that count as its own update.
-            Both: an int is a count, a float in (0, 1) a share of min(m, n), at least 1, and
-            "energy:0.85" the smallest count that holds this share of the squared spectrum.
-            A count beyond the numerical rank stops there.
+        task: k, leading right singular directions of each D_t that count as its own update. Both: an
+            int is a count, a float in (0, 1) a share of min(m, n), at least 1, and "energy:0.85" the
+            smallest count with this share of the squared spectrum. They stop at the numerical rank.
         tol: relative singular value above which a direction belongs to a basis. Small values protect
             the full union of the other tasks' LBW subspaces; from about 0.2 on little more than the core.
         strength: 0 leaves D as it is, 1 removes the shield entirely.
@@ -304,11 +288,8 @@ def pact(
             that decay like 1/i the filtered matrices agree within 1 % in Frobenius norm.
         generator: source of the random sketches; same seed, same result on one device.
 
-    Returns:
-        [T, m, n] filtered task matrices in D's dtype. One task alone comes back unchanged.
-
-    Raises:
-        MergeError: shapes do not fit, W0 is zero, a rank is out of range, or an option is unknown.
+    Returns [T, m, n] filtered task matrices in D's dtype; one task alone comes back unchanged. Raises
+    MergeError where shapes do not fit, W0 is zero, a rank is out of range, or an option is unknown.
     """
     _check_stack(D, W0)
     if not 0 <= strength <= 1:
@@ -342,60 +323,18 @@ def dare(
     rescale: bool = True,
     generator: Generator | Sequence[Generator] = None,
 ) -> Tensor:
-    """DARE: drop each entry with probability p, divide the rest by 1 - p.
+    """DARE: drop each entry with probability p, divide the rest by 1 - p (Yu et al. 2024, section 3).
 
-    Source: Yu et al. 2024, section 3 (arXiv 2311.03099).
-
-    Args:
-        D: [T, ...] task matrices or vectors.
-        p: probability of dropping, 0 <= p < 1.
-        rescale: False leaves the kept entries as they are.
-        generator: source of randomness, one for all tasks or a sequence with one per task.
-
-    Returns:
-        [T, ...] thinned task matrices.
-
-    Raises:
-        MergeError: p is out of range.
+    D is [T, ...], task matrices or vectors, and so is the result. rescale=False leaves the kept entries
+    as they are. One generator serves all tasks, a sequence has one for each. Raises MergeError unless
+    0 <= p < 1.
     """
     if not 0 <= p < 1:
         raise MergeError(f"dare: p={p} must satisfy 0 <= p < 1")
     per_task = generator if isinstance(generator, Sequence) else [generator] * len(D)
-    draws = [_random(torch.rand, D.shape[1:], g) for g in per_task]
-    kept = D * (torch.stack(draws) >= p).to(D)
+    draws = torch.stack([torch.rand(D.shape[1:], **_source(g)) for g in per_task])
+    kept = D * (draws >= p).to(D)
     return kept / (1 - p) if rescale else kept
-
-
-def _remove(d: Tensor, basis: Tensor, strength: float) -> Tensor:
-    """d - strength * d P P^T for d [m, n] and orthonormal P [n, p], in d's dtype."""
-    x = _lift(d)
-    p = basis.to(x.dtype)
-    return (x - strength * (x @ p) @ p.mT).to(d.dtype)
-
-
-def lbw_basis(W0: Tensor, D_t: Tensor, **settings: Any) -> Tensor:
-    """LBW subspace of one task: the part of the pre-trained core that its own update leaves alone.
-
-    Orthonormal basis [n, r] of the span of V_0 - V_t V_t^T V_0, with V_0 [n, K] the core of W0 [m, n]
-    and V_t [n, k] the leading right singular vectors of D_t [m, n] (Shi et al. 2026), in D_t's dtype.
-    Keywords core, task, tol, svd, generator and errors as in `pact`.
-    """
-    _check_stack(D_t[None], W0)
-    frame, reliance = _reliance(W0, D_t[None], **settings)
-    return (frame @ reliance[0]).to(D_t.dtype)
-
-
-def shield_basis(W0: Tensor, D: Tensor, j: int, **settings: Any) -> Tensor:
-    """Shield of task j: orthonormal basis [n, p] of the union of the other tasks' LBW subspaces.
-
-    p is the numerical rank of the union at `tol`, at most min(n, K + (T - 1) k); 0 for one task alone.
-    Keywords core, task, tol, svd, generator and errors as in `pact`; in D's dtype.
-    """
-    _check_stack(D, W0)
-    if not 0 <= j < len(D):
-        raise MergeError(f"task index j={j} is out of range for {len(D)} tasks")
-    frame, reliance = _reliance(W0, D, **settings)
-    return (frame @ _union(reliance, j, tol=settings.get("tol", 1e-3))).to(D.dtype)
 
 
 def _core(W0: Tensor, core: Rank, svd: str, generator: Generator) -> Tensor:
@@ -411,10 +350,9 @@ def _core(W0: Tensor, core: Rank, svd: str, generator: Generator) -> Tensor:
 def _coordinates(
     W0: Tensor, D: Tensor, core: Rank, task: Rank, svd: str, generator: Generator
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Core and updates in one common frame, in which all further work is q <= K + sum of k_t wide.
+    """Orthonormal frame [n, q] that spans V_0 and every V_t; their coordinates [q, K] and [q, k_t] in it.
 
-    Returns an orthonormal frame [n, q] whose span holds V_0 and every V_t, the coordinates [q, K] of V_0
-    in it, and those [q, k_t] of each task's leading right singular vectors V_t.
+    All further work is q <= K + sum of k_t wide.
     """
     v0 = _core(W0, core, svd, generator)
     updates = [_leading_svd(d, task, svd, generator)[2] for d in D]
@@ -453,16 +391,20 @@ def _orth(a: Tensor, tol: float) -> Tensor:
     return _svd(a, max(tol, 1e-12))[0] if a.norm() > 1e-6 else a[:, :0]
 
 
+def _remove(d: Tensor, basis: Tensor, strength: float) -> Tensor:
+    """d - strength * d P P^T for d [m, n] and orthonormal P [n, p], in d's dtype."""
+    x = _lift(d)
+    p = basis.to(x.dtype)
+    cleared: Tensor = torch.addmm(x, x @ p, p.mT, alpha=-strength)
+    return cleared.to(d.dtype)
+
+
 # ---- Rules: D -> merged --------------------------------------------------------------------------
 
 
 @_method("rule", "tensor", "Ilharco et al. 2023, arXiv 2212.04089", sum=0.3, mean=1.0)
 def task_arithmetic(D: Tensor, reduce: str = "sum") -> Tensor:
-    """Sum or mean of the task matrices D [T, ...] (Ilharco et al. 2023, section 2).
-
-    Raises:
-        MergeError: reduce is neither "sum" nor "mean".
-    """
+    """The "sum" or "mean" of the task matrices D [T, ...] (Ilharco et al. 2023, section 2)."""
     _check_known("reduce", [reduce], ("sum", "mean"))
     return D.sum(0) if reduce == "sum" else D.mean(0)
 
@@ -481,16 +423,11 @@ def ties(
             magnitude. An entry whose sum is exactly zero elects no sign and stays zero.
         thresholds: [T] magnitudes to trim at instead of D's own; `merge` passes those of the model.
 
-    Returns:
-        [...] merged entries.
-
-    Raises:
-        MergeError: density or reduce is out of range.
+    Returns [...] merged entries; raises MergeError where density or reduce is out of range.
     """
     _check_known("reduce", [reduce], ("mean", "sum", "max"))
     if thresholds is None:
-        keep = _kept_entries(density, D[0].numel())
-        thresholds = D.abs().flatten(1).float().kthvalue(D[0].numel() - keep + 1, dim=1).values
+        thresholds = _thresholds(lambda: [D], len(D), _kept_entries(density, D[0].numel()))
     floor = thresholds.to(D.device).view(-1, *[1] * (D.ndim - 1))
     trimmed = torch.where(D.abs().float() >= floor, D, 0)
     sign = trimmed.sum(0).sign()
@@ -507,37 +444,29 @@ def _kept_entries(density: float, numel: int) -> int:
     return max(1, int(density * numel + 1e-9))
 
 
-def _thresholds(stream: Callable[[], Iterable[Tensor]], tasks: int, keep: int) -> Tensor:
+def _thresholds(
+    stream: Callable[[], Iterable[Tensor]], tasks: int, keep: int, combine: Function | None = None
+) -> Tensor:
     """Per task the keep-th largest magnitude over a stream of D [T, ...], exactly, [T] in float32.
 
     Non-negative float32 numbers sort like their bit patterns. A first pass over the stream counts
     their upper 16 bits, a second one the lower 16 bits of those in the bin found: memory does not
-    grow with the model.
+    grow with the model. `combine` adds up the counts of several processes.
     """
-    upper, upper_rank = _bins(stream, tasks, [keep] * tasks, lambda bits, t: bits >> 16)
-    low = _bins(stream, tasks, upper_rank, lambda b, t: (b & 0xFFFF)[b >> 16 == upper[t]])[0]
-    bits = [high << 16 | rest for high, rest in zip(upper, low, strict=True)]
-    return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-
-
-def _bins(
-    stream: Callable[[], Iterable[Tensor]],
-    tasks: int,
-    ranks: list[int],
-    digits: Callable[[Tensor, int], Tensor],
-) -> tuple[list[int], list[int]]:
-    """Per task the 16-bit digit of the rank-th largest number, and its rank among those with it."""
-    counts = torch.zeros(tasks, 65536, dtype=torch.int64)
-    for D in stream():
-        for t, bits in enumerate(D.abs().float().flatten(1).contiguous().view(torch.int32)):
-            counts[t] += torch.bincount(digits(bits, t), minlength=65536).cpu()
-    reached = counts.flip(1).cumsum(1).flip(1)  # how many numbers lie in this bin or above
-    found = [max(0, int((row >= rank).sum()) - 1) for row, rank in zip(reached, ranks, strict=True)]
-    left = [
-        rank - int(reached[t, b] - counts[t, b])
-        for t, (b, rank) in enumerate(zip(found, ranks, strict=True))
-    ]
-    return found, left
+    found, ranks = torch.zeros(2, tasks, dtype=torch.int64)
+    ranks += keep
+    for shift in (16, 0):
+        counts = torch.zeros(tasks, 65536, dtype=torch.int64)
+        for D in stream():
+            for t, bits in enumerate(D.abs().float().flatten(1).contiguous().view(torch.int32)):
+                digits = bits >> 16 if shift else (bits & 0xFFFF)[bits >> 16 == int(found[t])]
+                counts[t] += torch.bincount(digits, minlength=65536).cpu()
+        counts = combine(counts) if combine else counts
+        reached = counts.flip(1).cumsum(1).flip(1)  # how many numbers lie in this bin or above
+        digit = ((reached >= ranks[:, None]).sum(1) - 1).clamp(min=0)
+        ranks = ranks - (reached - counts).gather(1, digit[:, None])[:, 0]
+        found = found << 16 | digit
+    return found.int().view(torch.float32)
 
 
 @_method("rule", "matrix", "Gargiulo et al. 2025, arXiv 2412.00081", "generator", any=1.0)
@@ -549,24 +478,14 @@ def tsv_m(
     With the triples of all tasks side by side, U [m, Tk], S [Tk], V [n, Tk], the result is
     polar(U) diag(S) polar(V)^T. Source: Gargiulo et al. 2025, section 3.2 (arXiv 2412.00081).
 
-    Args:
-        D: [T, m, n] task matrices.
-        rank: k, triples per task: count, share or energy as in `pact`; None is min(m, n) // T, at
-            least 1.
-        svd: "exact" or "randomized", the latter pays when k is small against min(m, n).
-        generator: source of the random sketches.
-
-    Returns:
-        [m, n] merged task matrix in D's dtype.
-
-    Raises:
-        MergeError: D is not a finite stack of matrices, or an option is out of range.
+    D is [T, m, n], the result [m, n] in its dtype. rank is k, the triples per task, as a count, share or
+    energy as in `pact`; None is min(m, n) // T, at least 1. svd="randomized" pays when k is small
+    against min(m, n). Raises MergeError unless D is a finite stack of matrices and the options fit.
     """
     _check_stack(D)
     k = max(1, min(D.shape[1:]) // len(D)) if rank is None else rank
+    u, s, v = _side_by_side(_leading_svd(d, k, svd, generator) for d in D)
     tol = _rank_tolerance(D.dtype)
-    triples = [_leading_svd(d, k, svd, generator) for d in D]
-    u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True))
     return ((_polar(u, tol) * s) @ _polar(v, tol).mT).to(D.dtype)
 
 
@@ -574,17 +493,8 @@ def tsv_m(
 def iso_c(D: Tensor, *, mean_over: str = "all") -> Tensor:
     """Iso-C: give every singular direction of the summed task matrices their mean singular value.
 
-    Source: Marczak et al. 2025, section 4.1 (arXiv 2502.04959).
-
-    Args:
-        D: [T, m, n] task matrices.
-        mean_over: "all" averages over min(m, n) values as published, "range" over the numerical rank.
-
-    Returns:
-        [m, n] merged task matrix in D's dtype.
-
-    Raises:
-        MergeError: D is not a finite stack of matrices, or an option is out of range.
+    D [T, m, n], result and errors as in `tsv_m`. mean_over="all" averages over min(m, n) values as
+    published, "range" over the numerical rank. Source: Marczak et al. 2025, section 4.1.
     """
     _check_stack(D)
     u, s, v = _svd(_lift(D).sum(0), _rank_tolerance(D.dtype))
@@ -595,19 +505,9 @@ def iso_c(D: Tensor, *, mean_over: str = "all") -> Tensor:
 def iso_cts(D: Tensor, common: float = 0.8, *, mean_over: str = "all") -> Tensor:
     """Iso-CTS: Iso-C on a common subspace plus each task's own leading directions outside of it.
 
-    The common part takes the leading directions of the summed matrices; the rest of min(m, n) goes
-    in equal parts to the tasks' residuals. Source: Marczak et al. 2025, section 4.2, algorithm 2.
-
-    Args:
-        D: [T, m, n] task matrices.
-        common: share of min(m, n) for the common part, above 0 and at most 1; 1 is Iso-C.
-        mean_over: as in `iso_c`.
-
-    Returns:
-        [m, n] merged task matrix in D's dtype.
-
-    Raises:
-        MergeError: D is not a finite stack of matrices, or an option is out of range.
+    The common part takes the leading directions of the summed matrices, a share 0 < common <= 1 of
+    min(m, n) (1 is Iso-C); the rest goes in equal parts to the tasks' residuals. Arguments, result and
+    errors as in `iso_c`. Source: Marczak et al. 2025, section 4.2, algorithm 2.
     """
     _check_stack(D)
     if not 0 < common <= 1:
@@ -615,21 +515,23 @@ def iso_cts(D: Tensor, common: float = 0.8, *, mean_over: str = "all") -> Tensor
     size, tol = min(D.shape[1:]), _rank_tolerance(D.dtype)
     stack = _lift(D)
     own = min(round((size - int(size * common)) / len(D)), (size - 1) // len(D))
-    u, s, v = (part[..., : size - own * len(D)] for part in _svd(stack.sum(0), tol))
-    triples = [(u, s, v), *(_own_directions(d.double(), u, own, tol) for d in stack)]
-    u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True))
-    return (_mean_singular_value(s, D, mean_over) * (_polar(u, tol) @ _polar(v, tol).mT)).to(
-        D.dtype
-    )
+    shared = _svd(stack.sum(0), tol, size - own * len(D))
+    residuals = (_own_directions(d.double(), shared[0], own, tol) for d in stack)
+    u, s, v = _side_by_side([shared, *residuals])
+    merged = _mean_singular_value(s, D, mean_over) * (_polar(u, tol) @ _polar(v, tol).mT)
+    return merged.to(D.dtype)
 
 
-def _own_directions(
-    d: Tensor, common: Tensor, count: int, tol: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _own_directions(d: Tensor, common: Tensor, count: int, tol: float) -> Triples:
     """Leading triples of d outside the common left directions; below tol * ||d|| all is rounding."""
-    u, s, v = _svd(d - common @ (common.mT @ d), tol)
-    count = min(count, int((s > tol * d.norm()).sum()))
+    u, s, v = _svd(d - common @ (common.mT @ d), tol, count)
+    count = int((s > tol * d.norm()).sum())
     return u[:, :count], s[:count], v[:, :count]
+
+
+def _side_by_side(triples: Iterable[Triples]) -> list[Tensor]:
+    """U, S and V of several matrices, each joined along its last axis."""
+    return [torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True)]
 
 
 def _mean_singular_value(s: Tensor, D: Tensor, mean_over: str) -> Tensor:
@@ -690,12 +592,28 @@ class Plan:
     device: str | torch.device
     seed: int
 
+    def merged(
+        self, *, dtype: Dtype = None, progress: Progress = None, **part: Any
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(name, merged tensor on the CPU) one by one; arguments as in `merge` and `deltas`."""
+        for done, (step, base, delta) in enumerate(self.deltas(**part), start=1):
+            yield step.name, _add(step.name, base, delta, self.scale, dtype).cpu()
+            if progress is not None:
+                progress(done, len(self.steps), step.name)
+
     @torch.no_grad()
-    def deltas(self) -> Iterator[tuple[Step, Tensor, Tensor | None]]:
-        """Per tensor of the base: its step, the base tensor, and the merged delta, None for a copy."""
+    def deltas(
+        self, *, names: Collection[str] | None = None, combine: Function | None = None
+    ) -> Iterator[tuple[Step, Tensor, Tensor | None]]:
+        """Per tensor of the base: its step, the base tensor, and the merged delta, None for a copy.
+
+        For one process of several: `names` restricts the work to some tensors, and `combine` adds an
+        integer tensor up over all processes, so that TIES' thresholds cover the whole model.
+        """
+        steps = [step for step in self.steps if names is None or step.name in names]
         self._refuse_identical()
-        thresholds = self._thresholds()
-        for step in self.steps:
+        thresholds = self._thresholds(steps, combine)
+        for step in self._read_ahead(steps):
             base, D = self.base[step.name], self._purified(step)
             if D is None:
                 yield step, base, None
@@ -703,6 +621,14 @@ class Plan:
                 yield step, base, D.mean(0)
             else:
                 yield step, base, self._call(self.rule, step, D, thresholds)
+
+    def _read_ahead(self, steps: Sequence[Step]) -> Iterator[Step]:
+        """The steps; mappings with a method `prefetch(name)` hear of the next tensor one step ahead."""
+        fetchers = [x.prefetch for x in (self.base, *self.tasks.values()) if hasattr(x, "prefetch")]
+        for step, ahead in zip(steps, [*steps[1:], *steps[-1:]], strict=True):
+            for prefetch in fetchers:
+                prefetch(ahead.name)
+            yield step
 
     def _purified(self, step: Step) -> Tensor | None:
         """Task matrices of one tensor after all purifiers; None where there is nothing to merge."""
@@ -730,49 +656,45 @@ class Plan:
             options["generator"] = [_generator(self.seed, task, step.name) for task in self.tasks]
         if "thresholds" in method.needs:
             options["thresholds"] = thresholds
+        purifies = method.kind == "purifier"
+        turned = step.kind == "matrix_T" and purifies and method.scope == "matrix"
         inputs = [self.base[step.name].to(D), D] if "base" in method.needs else [D]
-        transposed = step.kind == "matrix_T" and (method.kind, method.scope) == (
-            "purifier",
-            "matrix",
-        )
-        if transposed:
-            inputs = [x.mT for x in inputs]
+        inputs = [x.mT for x in inputs] if turned else inputs
         try:
             result = method.function(*inputs, **options)
         except MergeError as error:
             raise MergeError(f"tensor '{step.name}', {method.name}: {error}") from error
-        expected = inputs[-1].shape[0 if method.kind == "purifier" else 1 :]
-        if result.shape != expected:
-            shapes = f"{tuple(result.shape)} instead of {tuple(expected)}"
-            raise MergeError(f"tensor '{step.name}': {method.name} returned the shape {shapes}")
-        return result.mT if transposed else result
+        if result.shape != (inputs[-1] if purifies else inputs[-1][0]).shape:
+            shape = f"the shape {tuple(result.shape)} for D {tuple(inputs[-1].shape)}"
+            raise MergeError(f"tensor '{step.name}': {method.name} returned {shape}")
+        return result.mT if turned else result
 
-    def _thresholds(self) -> Tensor | None:
+    def _thresholds(self, steps: Sequence[Step], combine: Function | None) -> Tensor | None:
         """TIES' trimming magnitude per task over the whole model, which is purified for each pass."""
-        if "thresholds" not in self.rule.needs or self.rule.setting("scope") == "tensor":
+        rule = self.rule
+        if "thresholds" not in rule.needs or rule.given["scope"] == "tensor":
             return None
-        steps = [step for step in self.steps if step.rule == self.rule.name]
-        size = sum(math.prod(step.shape) for step in steps)
-        keep = _kept_entries(self.rule.setting("density"), size)
+        size = sum(math.prod(step.shape) for step in self.steps if step.rule == rule.name)
+        keep = _kept_entries(rule.given["density"], size)
+        trimmed = [step for step in steps if step.rule == rule.name]
 
         def stream() -> Iterator[Tensor]:
-            yield from (D for step in steps if (D := self._purified(step)) is not None)
+            purified = (self._purified(step) for step in self._read_ahead(trimmed))
+            return (D for D in purified if D is not None)
 
-        return _thresholds(stream, len(self.tasks), keep)
+        return _thresholds(stream, len(self.tasks), keep, combine)
 
     def _refuse_identical(self) -> None:
         merged = [step.name for step in self.steps if step.rule != "copy"]
         for label, task in self.tasks.items():
             if all(torch.equal(self.base[name], task[name]) for name in merged):
-                raise MergeError(
-                    f"task '{label}' equals the base in every tensor to merge: leave it out, or "
-                    "check that the right files were given"
-                )
+                hint = "leave it out, or check that the right files were given"
+                raise MergeError(f"task '{label}' equals the base in every tensor to merge: {hint}")
 
 
 def plan(
     base: State,
-    tasks: Sequence[State] | Mapping[str, State],
+    tasks: Tasks,
     *,
     rule: str | Function = "task_arithmetic",
     purify: str | Function | Sequence[str | Function] = (),
@@ -787,8 +709,7 @@ def plan(
 ) -> Plan:
     """Check a merge by names, shapes and options, without reading weights. Arguments as in `merge`.
 
-    Raises:
-        MergeError: one message with every problem of the inputs.
+    Raises MergeError, one message with every problem of the inputs.
     """
     named = _named_tasks(tasks)
     problems = [text for name, task in named.items() for text in _mismatches(base, name, task)]
@@ -814,12 +735,7 @@ def plan(
 
 
 def merge(
-    base: State,
-    tasks: Sequence[State] | Mapping[str, State],
-    *,
-    dtype: torch.dtype | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-    **recipe: Any,
+    base: State, tasks: Tasks, *, dtype: Dtype = None, progress: Progress = None, **recipe: Any
 ) -> dict[str, Tensor]:
     """Merge fine-tuned models into their common base: purify the task vectors, then merge them.
 
@@ -831,7 +747,7 @@ def merge(
             at least, in float64 where an input is float64.
         progress: called with (tensors done, tensors in all, name).
         rule: name in METHODS ("task_arithmetic"), or a function D [T, m, n] -> [m, n] for matrices.
-        purify: names in METHODS, or functions (W0, D) -> D for matrices, in order; none by default.
+        purify: names in METHODS, or functions (W0, D) -> D for matrices, in order.
         scale: factor of the merged task vector. None takes the rule's recommended value
             (`METHODS[rule].scale`); no value is published behind a purifier, so try several there.
         weights: factor of each task vector before anything else; 1 each. Nothing is normalised.
@@ -844,43 +760,24 @@ def merge(
         device: where to compute ("cpu"); results are on the CPU.
         seed: of all random numbers (0), drawn apart for each tensor and task name.
 
-    Returns:
-        name -> new tensor for every tensor of the base. Integer tensors, and tensors that no task
-        changed, are copies of the base's.
-
-    Raises:
-        MergeError: the inputs do not fit together, hold NaN or infinity, a task equals the base, a
-            method or option is unknown or out of range; the message names tensor, model and remedy.
+    Returns name -> new tensor for every tensor of the base; integer tensors, and tensors that no task
+    changed, are copies. Raises MergeError where the inputs do not fit together or hold NaN or infinity,
+    a task equals the base, or a method or option is unknown or out of range.
     """
     return dict(merge_iter(base, tasks, dtype=dtype, progress=progress, **recipe))
 
 
 def merge_iter(
-    base: State,
-    tasks: Sequence[State] | Mapping[str, State],
-    *,
-    dtype: torch.dtype | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-    **recipe: Any,
+    base: State, tasks: Tasks, *, dtype: Dtype = None, progress: Progress = None, **recipe: Any
 ) -> Iterator[tuple[str, Tensor]]:
     """`merge` as a generator of (name, tensor) in the base's order, one weight in memory at a time.
 
     Arguments and errors as in `merge`; names, shapes and options are checked at the call.
     """
-    checked = plan(base, tasks, **recipe)
-
-    def run() -> Iterator[tuple[str, Tensor]]:
-        for done, (step, tensor, delta) in enumerate(checked.deltas(), start=1):
-            yield step.name, _add(step.name, tensor, delta, checked.scale, dtype).cpu()
-            if progress is not None:
-                progress(done, len(checked.steps), step.name)
-
-    return run()
+    return plan(base, tasks, **recipe).merged(dtype=dtype, progress=progress)
 
 
-def merged_delta(
-    base: State, tasks: Sequence[State] | Mapping[str, State], **recipe: Any
-) -> TaskVector:
+def merged_delta(base: State, tasks: Tasks, **recipe: Any) -> TaskVector:
     """Merged task vector before scaling, so that a sweep over scales merges only once.
 
     `merged_delta(base, tasks, ...).apply_to(base, scale)` equals `merge(..., scale=scale)`. Arguments
@@ -890,17 +787,15 @@ def merged_delta(
     return TaskVector({step.name: delta.cpu() for step, _, delta in deltas if delta is not None})
 
 
-def _add(
-    name: str, base: Tensor, delta: Tensor | None, scale: float, dtype: torch.dtype | None
-) -> Tensor:
+def _add(name: str, base: Tensor, delta: Tensor | None, scale: float, dtype: Dtype) -> Tensor:
     """base + scale * delta in a wide type, then in dtype; a copy of the base without a delta."""
     if not base.is_floating_point():
         return base.clone()
     if delta is None or scale == 0:
         merged = base.to(dtype or base.dtype, copy=True)
     else:
-        merged = (base.to(delta) + scale * delta).to(dtype or base.dtype)
-    if not torch.isfinite(merged).all():
+        merged = torch.add(base.to(delta), delta, alpha=scale).to(dtype or base.dtype)
+    if not _is_finite(merged):
         hint = "check the base, take a smaller scale or a wider dtype"
         raise MergeError(f"tensor '{name}' of the result overflows {merged.dtype}: {hint}")
     return merged
@@ -914,16 +809,19 @@ def _task_deltas(
     device: str | torch.device = "cpu",
 ) -> Tensor:
     """D [T, ...] of one tensor: weight * (fine-tuned - base), subtracted in float32 at least."""
-    tensors = {"the base": base[name], **{f"task '{k}'": task[name] for k, task in tasks.items()}}
+    states = {"the base": base, **{f"task '{label}'": task for label, task in tasks.items()}}
+    tensors = {model: state[name] for model, state in states.items()}
     wide = any(x.dtype == torch.float64 for x in tensors.values())
-    moved = [x.to(device, torch.float64 if wide else torch.float32) for x in tensors.values()]
-    for model, x in zip(tensors, moved, strict=True):
-        if not torch.isfinite(x).all():
-            hint = "repair the checkpoint, or exclude the tensor"
-            raise MergeError(f"tensor '{name}' of {model} holds NaN or infinity: {hint}")
-    D = torch.stack(moved[1:]) - moved[0]
-    if weights is not None:
-        D *= torch.tensor(list(weights.values())).to(D).view(-1, *[1] * (D.ndim - 1))
+    start = tensors["the base"].to(device, torch.float64 if wide else torch.float32)
+    D = start.new_empty(len(tasks), *start.shape)
+    for delta, x in zip(D, list(tensors.values())[1:], strict=True):
+        torch.sub(x.to(start), start, out=delta)
+    if not _is_finite(D):
+        model = next((m for m, x in tensors.items() if not _is_finite(x)), "some task")
+        hint = "repair the checkpoint, or exclude the tensor"
+        raise MergeError(f"tensor '{name}' of {model} holds NaN or infinity: {hint}")
+    for delta, weight in zip(D, (weights or {}).values(), strict=False):
+        delta *= weight
     return D
 
 
@@ -933,6 +831,11 @@ def _generator(seed: int, *names: str) -> torch.Generator:
 
 
 # ---- Checks of arguments -------------------------------------------------------------------------
+
+
+def _is_finite(x: Tensor) -> bool:
+    """No NaN and no infinity: any of them makes the sum so; a sum may also overflow by itself."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def _lift(x: Tensor) -> Tensor:
@@ -1011,18 +914,19 @@ def _globs(globs: str | Sequence[str] | None, names: Iterable[str], what: str) -
 def _configured(
     method: str | Function, kind: str, options: Mapping[str, Mapping[str, Any]], base: State
 ) -> Method:
-    """Registered method, or the caller's own function, with its options checked by name."""
+    """Registered method with its options checked by name, or the caller's own function."""
     if not isinstance(method, str):
         needs = ("base",) if kind == "purifier" else ()
         return Method(getattr(method, "__name__", "custom"), kind, method, needs=needs)
     _check_known(kind, [method], [m.name for m in METHODS.values() if m.kind == kind])
     found, given = METHODS[method], options.get(method, {})
     _check_known(f"{method} option", given, found.options)
+    found = replace(found, given=found.options | dict(given))
     if kind == "purifier":
-        patterns = _globs(given.get("scope"), base, f"{method} scope") or ("*",)
-        return replace(found, given=given, patterns=patterns)
+        patterns = _globs(given.get("scope"), base, f"{method} scope")
+        return replace(found, patterns=patterns or ("*",))
     _check_known(f"{method} scope", [given.get("scope", "global")], ("global", "tensor"))
-    return replace(found, given=given)
+    return found
 
 
 def _step(name: str, x: Tensor, kind: str, purifiers: Iterable[Method], rule: Method) -> Step:
@@ -1040,11 +944,9 @@ def _check_work(method: Method, steps: Iterable[Step]) -> None:
     if not sizes and method.kind == "purifier":
         raise MergeError(f"{method.name} has no tensor to work on: see scope, include and exclude")
     for option in _RANK_OPTIONS:
-        rank = method.given.get(option)
-        if sizes and isinstance(rank, int) and rank > max(sizes):
-            raise MergeError(
-                f"{method.name}.{option}={rank} is above the largest rank, {max(sizes)}"
-            )
+        rank, most = method.given.get(option), max(sizes, default=math.inf)
+        if isinstance(rank, int) and rank > most:
+            raise MergeError(f"{method.name}.{option}={rank} is above the largest rank, {most}")
 
 
 def _scale(
@@ -1057,28 +959,24 @@ def _scale(
         return float(scale), ()
     if rule.name not in METHODS:
         return 1.0, ("scale 1.0: your own rule has no recommended value",)
-    reduce = rule.setting("reduce") or "any"
+    reduce = rule.given.get("reduce", "any")
     if reduce not in rule.scale:
         raise MergeError(f"{rule.name} with reduce={reduce!r} has no recommended scale: give one")
-    value, behind = rule.scale[reduce], ", ".join(m.name for m in purifiers)
-    if not purifiers:
-        return value, (f"scale {value}, recommended for {rule.name}",)
-    hint = f"no value is published behind {behind}: try several on validation data"
-    return value, (f"scale {value}, recommended for {rule.name} alone; {hint}",)
+    note = f"scale {rule.scale[reduce]}, recommended for {rule.name}"
+    if purifiers:
+        behind = ", ".join(m.name for m in purifiers)
+        note += f" alone; no value is published behind {behind}: try several on validation data"
+    return rule.scale[reduce], (note,)
 
 
 def _task_weights(
-    weights: Sequence[float] | Mapping[str, float] | None,
-    tasks: Iterable[Any],
-    named: Mapping[str, Any],
+    weights: Sequence[float] | Mapping[str, float] | None, tasks: Tasks, named: Mapping[str, State]
 ) -> dict[str, float]:
     if weights is None:
         return dict.fromkeys(named, 1.0)
-    if not isinstance(weights, Mapping):
-        names = tasks if isinstance(tasks, Mapping) else named
-        weights = (
-            dict(zip(map(str, names), weights, strict=False)) if len(weights) == len(named) else {}
-        )
-    if weights.keys() != named.keys() or not all(map(math.isfinite, weights.values())):
+    names = tasks if isinstance(tasks, Mapping) else named
+    pairs = weights if isinstance(weights, Mapping) else dict(zip(map(str, names), weights))  # noqa: B905
+    fits = len(weights) == len(named) and pairs.keys() == named.keys()
+    if not fits or not all(map(math.isfinite, pairs.values())):
         raise MergeError(f"weights must give one finite number for each of {_listing(named)}")
-    return {name: float(weights[name]) for name in named}
+    return {name: float(pairs[name]) for name in named}
