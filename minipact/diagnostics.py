@@ -22,6 +22,8 @@ from minipact.merging import (
     _leading_svd,
     _lift,
     _orth,
+    _reliance,
+    _union,
 )
 
 # ---- Task singular vectors -----------------------------------------------------------------------
@@ -91,6 +93,50 @@ def singular_task_interference(
 
 
 # ---- Load-bearing walls as subspaces -------------------------------------------------------------
+
+
+def lbw_basis(
+    W0: Tensor,
+    D_t: Tensor,
+    *,
+    core: Rank = 0.05,
+    task: Rank = 0.04,
+    tol: float = 1e-3,
+    svd: str = "exact",
+    generator: Generator = None,
+) -> Tensor:
+    """LBW subspace of one task: the part of the pre-trained core that its own update leaves alone.
+
+    Orthonormal basis [n, r] of the span of V_0 - V_t V_t^T V_0, with V_0 [n, K] the core of W0 [m, n]
+    and V_t [n, k] the leading right singular vectors of D_t [m, n] (Shi et al. 2026), in D_t's dtype.
+    Keywords core, task, tol, svd, generator and errors as in `pact`.
+    """
+    _check_stack(D_t[None], W0)
+    frame, reliance = _reliance(W0, D_t[None], core, task, tol, svd, generator)
+    return (frame @ reliance[0]).to(D_t.dtype)
+
+
+def shield_basis(
+    W0: Tensor,
+    D: Tensor,
+    j: int,
+    *,
+    core: Rank = 0.05,
+    task: Rank = 0.04,
+    tol: float = 1e-3,
+    svd: str = "exact",
+    generator: Generator = None,
+) -> Tensor:
+    """Shield of task j: orthonormal basis [n, p] of the union of the other tasks' LBW subspaces.
+
+    p is the numerical rank of the union at `tol`, at most min(n, K + (T - 1) k); 0 for one task alone.
+    Keywords core, task, tol, svd, generator and errors as in `pact`; in D's dtype.
+    """
+    _check_stack(D, W0)
+    if not 0 <= j < len(D):
+        raise MergeError(f"task index j={j} is out of range for {len(D)} tasks")
+    frame, reliance = _reliance(W0, D, core, task, tol, svd, generator)
+    return (frame @ _union(reliance, j, tol)).to(D.dtype)
 
 
 def lbw_similarity(

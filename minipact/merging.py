@@ -17,9 +17,12 @@ import inspect
 import math
 import re
 import zlib
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -37,73 +40,6 @@ Progress = Callable[[int, int, str], None] | None
 
 class MergeError(ValueError):
     """Input or option that cannot be merged; the message names the tensor or option and the remedy."""
-
-
-# ---- Task vectors --------------------------------------------------------------------------------
-
-
-class TaskVector(dict[str, Tensor]):
-    """Differences of weights, name -> tensor, with the arithmetic of task vectors.
-
-    `a + b`, `a - b`, `-a`, `2 * a`, `sum([a, b])`, `a.dot(b)`, `a.norm()`, `a.cosine(b)`, and
-    `a.apply_to(base, scale)`. Source: Ilharco et al. 2023, section 2 (arXiv 2212.04089).
-    """
-
-    def __add__(self, other: TaskVector | int) -> TaskVector:
-        if isinstance(other, int):  # sum() starts from the integer 0
-            return TaskVector(self) if other == 0 else NotImplemented
-        return TaskVector({name: delta + x for name, delta, x in self._with(other)})
-
-    __radd__ = __add__
-
-    def __mul__(self, factor: float) -> TaskVector:
-        return TaskVector({name: delta * factor for name, delta in self.items()})
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> TaskVector:
-        return self * -1.0
-
-    def __sub__(self, other: TaskVector) -> TaskVector:
-        return self + -other
-
-    def dot(self, other: TaskVector) -> float:
-        """Inner product over all entries, in float64."""
-        return sum(float((d.double() * x.double()).sum()) for _, d, x in self._with(other))
-
-    def norm(self) -> float:
-        """Euclidean norm over all entries."""
-        return math.sqrt(self.dot(self))
-
-    def cosine(self, other: TaskVector) -> float:
-        """Cosine of the angle to another task vector; NaN if one of them is zero."""
-        lengths = self.norm() * other.norm()
-        return self.dot(other) / lengths if lengths else math.nan
-
-    def apply_to(self, base: State, scale: float = 1.0) -> dict[str, Tensor]:
-        """State dict base + scale * self: new tensors in the base's dtypes; unnamed ones are copies."""
-        unknown = [name for name in self if name not in base]
-        if unknown:
-            raise MergeError(f"the base lacks {_listing(unknown)}: is it the right base?")
-        return {name: _add(name, x, self.get(name), scale, None) for name, x in base.items()}
-
-    def _with(self, other: TaskVector) -> Iterator[tuple[str, Tensor, Tensor]]:
-        if self.keys() != other.keys():
-            differing = sorted(self.keys() ^ other.keys())
-            raise MergeError(f"task vectors differ in {_listing(differing)}")
-        return ((name, delta, other[name]) for name, delta in self.items())
-
-
-def task_vector(base: State, tuned: State) -> TaskVector:
-    """Task vector: fine-tuned minus pre-trained weights (Ilharco et al. 2023, section 2).
-
-    name -> difference for every floating-point tensor, in float32 (float64 where an input is). Raises
-    MergeError where names or shapes of the two mappings differ, or a tensor holds NaN or infinity.
-    """
-    if problems := _mismatches(base, "tuned", tuned):
-        raise MergeError("\n".join(problems))
-    names = [name for name in base if _meta(base, name).is_floating_point()]
-    return TaskVector({name: _task_deltas(name, base, {"tuned": tuned})[0] for name in names})
 
 
 # ---- Registry of methods -------------------------------------------------------------------------
@@ -138,11 +74,6 @@ class Method:
         if self.kind == "purifier" or "thresholds" in self.needs:
             options["scope"] = None if self.kind == "purifier" else "global"
         return options
-
-    @property
-    def summary(self) -> str:
-        """First line of the function's docstring."""
-        return (inspect.getdoc(self.function) or self.name).splitlines()[0]
 
     def covers(self, name: str, kind: str) -> bool:
         """Whether the method acts on a tensor of this name and kind."""
@@ -229,10 +160,8 @@ def _count(rank: Rank, size: int, spectrum: Tensor | None = None) -> int:
         return max(1, int(rank * size + 1e-9))
     if isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank <= size:
         return rank
-    raise MergeError(
-        f"rank {rank!r} does not fit a matrix with min(m, n) = {size}: give a count 0..{size}, "
-        "a share between 0 and 1, or 'energy:0.85'"
-    )
+    hint = f"give a count 0..{size}, a share between 0 and 1, or 'energy:0.85'"
+    raise MergeError(f"rank {rank!r} does not fit a matrix with min(m, n) = {size}: {hint}")
 
 
 def _leading_svd(x: Tensor, rank: Rank, svd: str, generator: Generator) -> Triples:
@@ -284,9 +213,8 @@ def pact(
         tol: relative singular value above which a direction belongs to a basis. Small values protect
             the full union of the other tasks' LBW subspaces; from about 0.2 on little more than the core.
         strength: 0 leaves D as it is, 1 removes the shield entirely.
-        svd: "exact", or "randomized" (range finder, 10 extra columns, 3 power iterations). On spectra
-            that decay like 1/i the filtered matrices agree within 1 % in Frobenius norm.
-        generator: source of the random sketches; same seed, same result on one device.
+        svd: "exact", or "randomized" (range finder, 10 extra columns, 3 power iterations, drawn from
+            `generator`). On spectra that decay like 1/i the results agree within 1 % in Frobenius norm.
 
     Returns [T, m, n] filtered task matrices in D's dtype; one task alone comes back unchanged. Raises
     MergeError where shapes do not fit, W0 is zero, a rank is out of range, or an option is unknown.
@@ -325,9 +253,8 @@ def dare(
 ) -> Tensor:
     """DARE: drop each entry with probability p, divide the rest by 1 - p (Yu et al. 2024, section 3).
 
-    D is [T, ...], task matrices or vectors, and so is the result. rescale=False leaves the kept entries
-    as they are. One generator serves all tasks, a sequence has one for each. Raises MergeError unless
-    0 <= p < 1.
+    D and the result are [T, ...], task matrices or vectors. rescale=False only drops. `generator` is one
+    for all tasks, or a sequence with one for each. Raises MergeError unless 0 <= p < 1.
     """
     if not 0 <= p < 1:
         raise MergeError(f"dare: p={p} must satisfy 0 <= p < 1")
@@ -340,20 +267,15 @@ def dare(
 def _core(W0: Tensor, core: Rank, svd: str, generator: Generator) -> Tensor:
     """Leading right singular vectors of the pre-trained weight, V_0 [n, K] in float64."""
     if core != 0 and not W0.any():
-        raise MergeError(
-            "the pre-trained weight is zero, so it has no core to protect: pass the weight itself, "
-            "not a difference, or leave this tensor out (exclude, or the purifier's scope)"
-        )
+        hint = "pass the weight itself, not a difference, or leave this tensor out (exclude, scope)"
+        raise MergeError(f"the pre-trained weight is zero, so it has no core to protect: {hint}")
     return _leading_svd(W0, core, svd, generator)[2]
 
 
 def _coordinates(
     W0: Tensor, D: Tensor, core: Rank, task: Rank, svd: str, generator: Generator
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Orthonormal frame [n, q] that spans V_0 and every V_t; their coordinates [q, K] and [q, k_t] in it.
-
-    All further work is q <= K + sum of k_t wide.
-    """
+    """Orthonormal frame [n, q] of V_0 and every V_t, q <= K + sum k_t, and their coordinates in it."""
     v0 = _core(W0, core, svd, generator)
     updates = [_leading_svd(d, task, svd, generator)[2] for d in D]
     frame = torch.linalg.qr(torch.cat([v0, *updates], dim=1)).Q
@@ -361,13 +283,7 @@ def _coordinates(
 
 
 def _reliance(
-    W0: Tensor,
-    D: Tensor,
-    core: Rank = 0.05,
-    task: Rank = 0.04,
-    tol: float = 1e-3,
-    svd: str = "exact",
-    generator: Generator = None,
+    W0: Tensor, D: Tensor, core: Rank, task: Rank, tol: float, svd: str, generator: Generator
 ) -> tuple[Tensor, list[Tensor]]:
     """Common frame [n, q], and in it every task's LBW basis [q, r_t], of V_0 - V_t V_t^T V_0."""
     if not 0 <= tol < 1:
@@ -415,15 +331,11 @@ def ties(
 ) -> Tensor:
     """TIES: trim small entries, elect a sign per entry, merge what agrees (Yadav et al. 2023).
 
-    Args:
-        D: [T, ...] task matrices or vectors.
-        density: share of entries kept per task, the int(density * d) largest in magnitude, ties
-            included (the released code keeps one more); 1 keeps all.
-        reduce: "mean" over the entries that agree with the elected sign, their "sum", or the "max"
-            magnitude. An entry whose sum is exactly zero elects no sign and stays zero.
-        thresholds: [T] magnitudes to trim at instead of D's own; `merge` passes those of the model.
-
-    Returns [...] merged entries; raises MergeError where density or reduce is out of range.
+    D is [T, ...], task matrices or vectors, the result [...]. Each task keeps its int(density * d)
+    largest entries in magnitude, ties included (the released code keeps one more), or those from
+    `thresholds` [T] on, as `merge` passes them. reduce="mean" averages the entries that agree with the
+    elected sign, "sum" adds them, "max" takes the largest; an entry whose sum is exactly zero elects no
+    sign and stays zero. Raises MergeError where density or reduce is out of range.
     """
     _check_known("reduce", [reduce], ("mean", "sum", "max"))
     if thresholds is None:
@@ -466,7 +378,8 @@ def _thresholds(
         digit = ((reached >= ranks[:, None]).sum(1) - 1).clamp(min=0)
         ranks = ranks - (reached - counts).gather(1, digit[:, None])[:, 0]
         found = found << 16 | digit
-    return found.int().view(torch.float32)
+    thresholds: Tensor = found.int().view(torch.float32)
+    return thresholds
 
 
 @_method("rule", "matrix", "Gargiulo et al. 2025, arXiv 2412.00081", "generator", any=1.0)
@@ -542,20 +455,17 @@ def _mean_singular_value(s: Tensor, D: Tensor, mean_over: str) -> Tensor:
 # ---- Whole models --------------------------------------------------------------------------------
 
 _LOOKUP_TABLES = ("token_embedding", "embed_tokens", "word_embeddings", "wte.")
-_GPT2_LAYERS = re.compile(
-    r"(^|\.)h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight"
-)
+_GPT2_LAYERS = re.compile(r"(^|\.)h\.\d+\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
 _RANK_OPTIONS = ("core", "task", "rank")
 
 
 def default_policy(name: str, tensor: Tensor) -> str:
     """How a floating-point tensor is treated: "matrix", "matrix_T", "vector" or "copy".
 
-    Matrices are 2-D weights used as x @ W^T. "matrix_T" is stored the other way round, for x @ W
-    (CLIP's `visual.proj`, GPT-2's Conv1D layers): purifiers see it transposed. Vectors are all the
-    rest: biases, norms, convolutions, `text_projection` as in the papers' code, and the lookup
-    tables of token embeddings. Positional embeddings count as matrices, again as published. Running
-    statistics of batch normalisation are copied from the base: recompute them after merging.
+    Matrices are 2-D weights used as x @ W^T. "matrix_T" is stored the other way round, for x @ W (CLIP's
+    `visual.proj`, GPT-2's Conv1D layers): purifiers see it transposed. Vectors are all the rest: biases,
+    norms, convolutions, token tables, and `text_projection`, as published; so are positional embeddings
+    as matrices. Statistics of batch normalisation are copied: recompute them after merging.
     """
     if name.endswith(("running_mean", "running_var")):
         return "copy"
@@ -601,26 +511,32 @@ class Plan:
             if progress is not None:
                 progress(done, len(self.steps), step.name)
 
-    @torch.no_grad()
     def deltas(
-        self, *, names: Collection[str] | None = None, combine: Function | None = None
+        self,
+        *,
+        names: Collection[str] | None = None,
+        combine: Function | None = None,
+        workers: int = 1,
     ) -> Iterator[tuple[Step, Tensor, Tensor | None]]:
         """Per tensor of the base: its step, the base tensor, and the merged delta, None for a copy.
 
-        For one process of several: `names` restricts the work to some tensors, and `combine` adds an
-        integer tensor up over all processes, so that TIES' thresholds cover the whole model.
+        `workers` threads take a tensor each; with torch.set_num_threads(1) they beat as many threads on
+        one tensor, and results do not depend on their number. For one process of several: `names`
+        restricts the work, and `combine` adds an integer tensor up over all processes (TIES).
         """
         steps = [step for step in self.steps if names is None or step.name in names]
         self._refuse_identical()
         thresholds = self._thresholds(steps, combine)
-        for step in self._read_ahead(steps):
-            base, D = self.base[step.name], self._purified(step)
-            if D is None:
-                yield step, base, None
-            elif step.rule == "mean":
-                yield step, base, D.mean(0)
-            else:
-                yield step, base, self._call(self.rule, step, D, thresholds)
+        work = partial(self._delta, thresholds=thresholds)
+        steps_ahead = self._read_ahead(steps)
+        yield from map(work, steps_ahead) if workers == 1 else _in_order(work, steps_ahead, workers)
+
+    def _delta(self, step: Step, thresholds: Tensor | None) -> tuple[Step, Tensor, Tensor | None]:
+        base, D = self.base[step.name], self._purified(step)
+        if D is None:
+            return step, base, None
+        delta = D.mean(0) if step.rule == "mean" else self._call(self.rule, step, D, thresholds)
+        return step, base, delta
 
     def _read_ahead(self, steps: Sequence[Step]) -> Iterator[Step]:
         """The steps; mappings with a method `prefetch(name)` hear of the next tensor one step ahead."""
@@ -642,6 +558,7 @@ class Plan:
                 D = self._call(method, step, D)
         return D
 
+    @torch.no_grad()
     def _call(
         self, method: Method, step: Step, D: Tensor, thresholds: Tensor | None = None
     ) -> Tensor:
@@ -690,6 +607,17 @@ class Plan:
             if all(torch.equal(self.base[name], task[name]) for name in merged):
                 hint = "leave it out, or check that the right files were given"
                 raise MergeError(f"task '{label}' equals the base in every tensor to merge: {hint}")
+
+
+def _in_order(work: Callable[[Step], Any], steps: Iterable[Step], workers: int) -> Iterator[Any]:
+    """map(work, steps) on several threads, at most `workers` steps at a time."""
+    with ThreadPoolExecutor(workers) as pool:
+        running: deque[Future[Any]] = deque()
+        for step in steps:
+            if len(running) == workers:
+                yield running.popleft().result()
+            running.append(pool.submit(work, step))
+        yield from (future.result() for future in running)
 
 
 def plan(
@@ -777,16 +705,7 @@ def merge_iter(
     return plan(base, tasks, **recipe).merged(dtype=dtype, progress=progress)
 
 
-def merged_delta(base: State, tasks: Tasks, **recipe: Any) -> TaskVector:
-    """Merged task vector before scaling, so that a sweep over scales merges only once.
-
-    `merged_delta(base, tasks, ...).apply_to(base, scale)` equals `merge(..., scale=scale)`. Arguments
-    and errors as in `merge`; tensors that are copied from the base have no entry.
-    """
-    deltas = plan(base, tasks, **recipe).deltas()
-    return TaskVector({step.name: delta.cpu() for step, _, delta in deltas if delta is not None})
-
-
+@torch.no_grad()
 def _add(name: str, base: Tensor, delta: Tensor | None, scale: float, dtype: Dtype) -> Tensor:
     """base + scale * delta in a wide type, then in dtype; a copy of the base without a delta."""
     if not base.is_floating_point():
@@ -801,6 +720,7 @@ def _add(name: str, base: Tensor, delta: Tensor | None, scale: float, dtype: Dty
     return merged
 
 
+@torch.no_grad()
 def _task_deltas(
     name: str,
     base: State,
@@ -873,10 +793,7 @@ def _named_tasks(tasks: Sequence[State] | Mapping[str, State]) -> dict[str, Stat
     pairs = sorted(tasks.items()) if isinstance(tasks, Mapping) else enumerate(tasks)
     named = {str(name): task for name, task in pairs}
     if not named or not all(isinstance(task, Mapping) for task in named.values()):
-        raise MergeError(
-            "tasks must be a list, or a mapping by name, of one fine-tuned model or more, each a "
-            "mapping name -> tensor such as model.state_dict()"
-        )
+        raise MergeError("tasks must be a list, or a mapping by name, of state dicts: at least one")
     return named
 
 

@@ -722,3 +722,65 @@ def test_module_alone_works_with_torch_only(tmp_path: Path):
         [sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stdout.strip() == "torch.Size([8, 8])", done.stderr
+
+
+# ---- Plans in parts ------------------------------------------------------------------------------
+
+
+class Recorded(dict):
+    """A state dict that writes down what it is asked to fetch ahead."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__(state)
+        self.asked: list[str] = []
+
+    def prefetch(self, name: str) -> None:
+        self.asked.append(name)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_workers_do_not_change_a_bit(rule: str):
+    checked = mp.plan(BASE, TASKS, rule=rule, purify=["pact", "dare"], scale=1.0)
+    one, three = dict(checked.merged()), dict(checked.merged(workers=3))
+    assert list(one) == list(three) == list(BASE)
+    assert all(torch.equal(one[name], three[name]) for name in BASE)
+
+
+def test_an_error_in_a_worker_comes_out():
+    spoilt = [task | {"visual.proj": torch.full((16, 12), math.nan)} for task in TASKS]
+    with pytest.raises(mp.MergeError, match=r"'visual\.proj' of task '0' holds NaN"):
+        dict(mp.plan(BASE, spoilt).merged(workers=2))
+
+
+def test_parts_of_a_plan_add_up_to_the_whole():
+    checked = mp.plan(BASE, TASKS, rule="ties")
+    whole = dict(checked.merged())
+    parts = [list(BASE)[::2], list(BASE)[1::2]]
+    alone: list[Tensor] = []
+    next(checked.merged(combine=lambda counts: alone.append(counts) or counts))
+    firsts = [first_counts(checked, part) for part in parts]
+    assert torch.equal(sum(firsts), alone[0])
+    later = iter(alone)
+    merged = dict(checked.merged(names=parts[0], combine=lambda _: next(later)))
+    assert list(merged) == parts[0]
+    assert all(torch.equal(merged[name], whole[name]) for name in merged)
+
+
+def first_counts(checked: mp.Plan, part: list[str]) -> Tensor:
+    """What one process counts by itself in the first pass."""
+    seen: list[Tensor] = []
+    next(checked.merged(names=part, combine=lambda counts: seen.append(counts) or counts))
+    return seen[0]
+
+
+def test_mappings_hear_of_the_next_tensor():
+    base = Recorded(BASE)
+    dict(mp.plan(base, TASKS).merged())
+    assert base.asked == [*list(BASE)[1:], list(BASE)[-1]]
+
+
+def test_parameters_merge_without_a_graph():
+    tuned = {n: x.clone().requires_grad_(x.is_floating_point()) for n, x in TASKS[0].items()}
+    base = {n: x.clone().requires_grad_(x.is_floating_point()) for n, x in BASE.items()}
+    merged = mp.merge(base, [tuned, TASKS[1]], rule="iso_c", purify="pact")
+    assert not any(x.requires_grad for x in merged.values())

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import minipact
-from minipact import merging
+from minipact import diagnostics, merging, statistics, task_vectors
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -82,10 +82,15 @@ def test_public_names_are_exported_and_documented():
             assert thing.__doc__, name
     defined = {
         node.name
-        for node in ast.parse(Path(merging.__file__).read_text()).body
+        for module in (merging, task_vectors, diagnostics, statistics)
+        for node in ast.parse(Path(module.__file__).read_text()).body
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
     }
     assert defined | {"METHODS"} == public
+
+
+def test_the_module_can_be_read_in_one_sitting():
+    assert len(Path(merging.__file__).read_text().splitlines()) <= 900
 
 
 def test_module_imports_torch_only():
