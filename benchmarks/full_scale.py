@@ -1,0 +1,339 @@
+"""Whole merges at real sizes: minipact, the papers' algorithms written plainly, and other packages.
+
+    python benchmarks/full_scale.py                 all parts, some minutes on 2 cores
+    python benchmarks/full_scale.py --only disk     one part: blocks, growth, peers, disk
+
+Everything is compared on the same files or tensors, in one run, taking turns; medians and ratios go to
+benchmarks/results/full_scale_<machine>.json. fusion-bench and mergekit take part where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from vit_b32 import run
+
+import minipact as mp
+
+BLOCK = {"in_proj": (2304, 768), "out_proj": (768, 768), "c_fc": (3072, 768), "c_proj": (768, 3072)}
+RANKS = {"core": 38, "task": 32}
+State = dict[str, Tensor]
+
+
+# ---- The papers' algorithms, written plainly: full SVDs in float32 -------------------------------
+
+
+def plain_pact(W0: Tensor, D: Tensor, core: int, task: int) -> Tensor:
+    """PACT with full SVDs; shields orthonormalised by rank, as the equations mean them."""
+    v0 = torch.linalg.svd(W0, full_matrices=False).Vh[:core].mT
+    walls = []
+    for d in D:
+        v = torch.linalg.svd(d, full_matrices=False).Vh[:task].mT
+        walls.append(plain_orth(v0 - v @ (v.mT @ v0)))
+    filtered = []
+    for j, d in enumerate(D):
+        p = plain_orth(torch.cat(walls[:j] + walls[j + 1 :], dim=1))
+        filtered.append(d - (d @ p) @ p.mT)
+    return torch.stack(filtered)
+
+
+def plain_orth(a: Tensor, tol: float = 1e-3) -> Tensor:
+    u, s, _ = torch.linalg.svd(a, full_matrices=False)
+    return u[:, s > tol * s[0]]
+
+
+def plain_tsv_m(D: Tensor) -> Tensor:
+    """TSV-Merge with full SVDs of the tasks and of the two wide matrices."""
+    k = min(D.shape[1:]) // len(D)
+    parts = [torch.linalg.svd(d, full_matrices=False) for d in D]
+    u, s = torch.cat([p.U[:, :k] for p in parts], 1), torch.cat([p.S[:k] for p in parts])
+    v = torch.cat([p.Vh[:k] for p in parts])
+    a, b = (torch.linalg.svd(x, full_matrices=False) for x in (u, v))
+    return (a.U @ a.Vh * s) @ (b.U @ b.Vh)
+
+
+# ---- Weights of real shapes ----------------------------------------------------------------------
+
+
+def decaying(shape: tuple[int, int], norm: float, g: torch.Generator) -> Tensor:
+    """Random matrix whose singular values fall like those of trained weights, with a given norm."""
+    m, n = shape
+    columns = torch.arange(1, n + 1).float().rsqrt()
+    x = torch.randn(m, n, generator=g) * columns[torch.randperm(n, generator=g)]
+    return x * (norm / x.norm())
+
+
+def block_models(tasks: int, width: int = 768, layers: int = 1) -> tuple[State, list[State]]:
+    """Base and fine-tuned models with the matrices of some transformer blocks, float32."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {
+        f"blocks.{i}.{name}.weight": (m * width // 768, n * width // 768)
+        for i in range(layers)
+        for name, (m, n) in BLOCK.items()
+    }
+    base = {name: decaying(shape, 30.0, g) for name, shape in shapes.items()}
+    tuned = [
+        {name: x + decaying(tuple(x.shape), 1.0, g) for name, x in base.items()}
+        for _ in range(tasks)
+    ]
+    return base, tuned
+
+
+def plain_merge(base: State, tasks: list[State]) -> State:
+    """PACT + TSV-M over a model, with the plain functions."""
+    merged = {}
+    for name, W0 in base.items():
+        D = torch.stack([task[name] - W0 for task in tasks])
+        merged[name] = W0 + plain_tsv_m(plain_pact(W0, D, **RANKS))
+    return merged
+
+
+def our_merge(base: State, tasks: list[State], svd: str, workers: int) -> State:
+    """PACT + TSV-M over a model, one tensor a thread."""
+    options: dict[str, dict[str, Any]] = {"pact": {**RANKS, "svd": svd}, "tsv_m": {"svd": svd}}
+    checked = mp.plan(base, tasks, rule="tsv_m", purify="pact", options=options, scale=1.0)
+    torch.set_num_threads(1)
+    return dict(checked.merged(workers=workers))
+
+
+# ---- Timing --------------------------------------------------------------------------------------
+
+
+def take_turns(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Run all jobs in turn, `rounds` times; seconds of each, and their median."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            torch.set_num_threads(os.cpu_count() or 1)
+            started = time.perf_counter()
+            with contextlib.redirect_stdout(io.StringIO()):
+                job()
+            seconds[name].append(time.perf_counter() - started)
+            print(f"  {name}: {seconds[name][-1]:.2f} s", flush=True)
+    return {
+        name: {"seconds": [round(x, 3) for x in xs], "median": round(statistics.median(xs), 3)}
+        for name, xs in seconds.items()
+    }
+
+
+def against(results: dict[str, dict[str, Any]], reference: str) -> dict[str, dict[str, Any]]:
+    """Add to every job how many times longer the reference took."""
+    slow = results[reference]["median"]
+    return {
+        name: row | {"times_faster": round(slow / row["median"], 2)}
+        for name, row in results.items()
+    }
+
+
+# ---- Parts ---------------------------------------------------------------------------------------
+
+
+def blocks(rounds: int) -> dict[str, Any]:
+    """PACT + TSV-M on the four matrices of one ViT-B block, eight tasks."""
+    base, tasks = block_models(8)
+    workers = os.cpu_count() or 1
+    exact, plain = our_merge(base, tasks, "exact", workers), plain_merge(base, tasks)
+    change = {name: (plain[name] - base[name]).norm() for name in base}
+    distance = max(float((exact[n] - plain[n]).norm() / change[n]) for n in base)
+    jobs: dict[str, Callable[[], Any]] = {
+        "plain, full SVDs": lambda: plain_merge(base, tasks),
+        "minipact exact": lambda: our_merge(base, tasks, "exact", workers),
+        "minipact randomized": lambda: our_merge(base, tasks, "randomized", workers),
+    }
+    found = against(take_turns(jobs, rounds), "plain, full SVDs")
+    return {"jobs": found, "largest_relative_distance_exact_to_plain": round(distance, 6)}
+
+
+def growth(rounds: int) -> dict[str, Any]:
+    """How the time of PACT + TSV-M grows with tasks, width and depth."""
+    workers = os.cpu_count() or 1
+    grid = {"tasks": [2, 4, 8, 14, 20], "width": [384, 768, 1024], "layers": [1, 2, 4]}
+    found: dict[str, Any] = {}
+    for axis, values in grid.items():
+        for value in values:
+            setting = {"tasks": 8, "width": 384, "layers": 1} | {axis: value}
+            base, tasks = block_models(**setting)
+            for svd in ("exact", "randomized"):
+                jobs = {svd: lambda b=base, t=tasks, s=svd: our_merge(b, t, s, workers)}
+                row = take_turns(jobs, min(rounds, 2))[svd]
+                found.setdefault(axis, []).append(
+                    {axis: value, "svd": svd, "seconds": row["median"]}
+                )
+    return found
+
+
+def peers(rounds: int) -> dict[str, Any]:
+    """Rules on one ViT-B block and eight tasks in memory, against fusion-bench's functions."""
+    if importlib.util.find_spec("fusion_bench") is None:
+        return {"left_out": "fusion-bench is not installed"}
+    from fusion_bench.method.dare.utils import param_random_drop_
+    from fusion_bench.method.isotropic_merging.iso_utils import iso_c
+    from fusion_bench.method.task_singular_vector.utils import TSVM_utils
+    from fusion_bench.method.ties_merging.ties_merging_utils import ties_merging
+
+    base, tasks = block_models(8)
+    vectors = [{n: task[n] - base[n] for n in base} for task in tasks]
+    flat = torch.stack([torch.cat([x.flatten() for x in v.values()]) for v in vectors])
+    workers = os.cpu_count() or 1
+
+    def ours(rule: str, **more: Any) -> Callable[[], Any]:
+        def job() -> list[Any]:
+            torch.set_num_threads(1)
+            return list(mp.plan(base, tasks, rule=rule, **more).deltas(workers=workers))
+
+        return job
+
+    svd_of = TSVM_utils.compute_and_sum_svd_mem_reduction
+    pairs: dict[str, dict[str, Callable[[], Any]]] = {
+        "ties": {
+            "fusion-bench": lambda: ties_merging(
+                flat.clone(), reset_thresh=20, merge_func="dis-mean"
+            ),
+            "minipact": ours("ties"),
+        },
+        "tsv_m": {
+            "fusion-bench": lambda: svd_of(vectors, accelerator="cpu"),
+            "minipact": ours("tsv_m"),
+        },
+        "iso_c": {
+            "fusion-bench": lambda: iso_c(vectors, accelerator="cpu"),
+            "minipact": ours("iso_c"),
+        },
+        "dare": {
+            "fusion-bench": lambda: sum(param_random_drop_(v.clone(), 0.9, True) for v in flat),
+            "minipact": ours("task_arithmetic", purify="dare"),
+        },
+    }
+    return {rule: against(take_turns(jobs, rounds), "fusion-bench") for rule, jobs in pairs.items()}
+
+
+def llama_folder(folder: Path, layers: int, change: int, width: int = 2048) -> None:
+    """Hugging Face folder in the layout of a Llama model, bfloat16, weights made on the spot."""
+    folder.mkdir()
+    hidden, vocabulary = 4 * width, 32_000
+    g = torch.Generator().manual_seed(0)
+    noise = torch.Generator().manual_seed(change)
+    shapes = {
+        "model.embed_tokens.weight": (vocabulary, width),
+        "model.norm.weight": (width,),
+        "lm_head.weight": (vocabulary, width),
+    }
+    for i in range(layers):
+        at = f"model.layers.{i}"
+        shapes |= {f"{at}.self_attn.{p}_proj.weight": (width, width) for p in "qkvo"}
+        shapes |= {f"{at}.mlp.{p}_proj.weight": (hidden, width) for p in ("gate", "up")}
+        shapes |= {f"{at}.mlp.down_proj.weight": (width, hidden)}
+        shapes |= {f"{at}.{p}_layernorm.weight": (width,) for p in ("input", "post_attention")}
+    weights = {}
+    for name, shape in shapes.items():
+        x = torch.randn(shape, generator=g) * 0.02
+        x += torch.randn(shape, generator=noise) * 0.001 if change else 0
+        weights[name] = x.bfloat16()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width,
+        "intermediate_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "vocab_size": vocabulary, "torch_dtype": "bfloat16",
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+FLOOR = """
+import sys
+with open(sys.argv[1] + "/../copy", "wb") as copy:
+    for number, folder in enumerate(sys.argv[1:]):
+        with open(folder + "/model.safetensors", "rb") as file:
+            while block := file.read(1 << 22):
+                if number == 0:
+                    copy.write(block)
+"""
+MERGEKIT = """merge_method: task_arithmetic
+base_model: {base}
+models:
+{models}
+dtype: bfloat16
+parameters:
+  normalize: false
+"""
+
+
+def disk(rounds: int, layers: int = 6) -> dict[str, Any]:
+    """Task arithmetic of three language models from disk to disk, against copying the bytes, and mergekit."""
+    found: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        folder = Path(name)
+        paths = [folder / f"model{i}" for i in range(4)]
+        for i, path in enumerate(paths):
+            llama_folder(path, layers, change=i)
+        inputs, out = [str(path) for path in paths], str(folder / "out")
+        jobs = {
+            "read the inputs, write one": [sys.executable, "-c", FLOOR, *inputs],
+            "minipact": [sys.executable, "-m", "minipact", "merge", *inputs, "-o", out,
+                         "--rule", "task_arithmetic", "--scale", "0.3", "--overwrite", "--quiet"],
+        }  # fmt: skip
+        mergekit = Path(sys.executable).with_name("mergekit-yaml")
+        if mergekit.exists():
+            models = "\n".join(
+                f"  - model: {p}\n    parameters: {{weight: 0.3}}" for p in inputs[1:]
+            )
+            (folder / "m.yml").write_text(MERGEKIT.format(base=inputs[0], models=models))
+            jobs["mergekit"] = [str(mergekit), str(folder / "m.yml"), str(folder / "kit")]
+        for _ in range(rounds):
+            for job, command in jobs.items():
+                shutil.rmtree(folder / "kit", ignore_errors=True)
+                found.setdefault(job, []).append(run(command))
+                print(f"  {job}: {found[job][-1]}", flush=True)
+        size = (paths[0] / "model.safetensors").stat().st_size
+    rows = {
+        job: {
+            "seconds": [round(r["seconds"], 2) for r in runs],
+            "median": round(statistics.median(r["seconds"] for r in runs), 2),
+            "anonymous_mb": round(max(r["anonymous_mb"] for r in runs)),
+        }
+        for job, runs in found.items()
+    }
+    floor = rows["read the inputs, write one"]["median"]
+    for row in rows.values():
+        row["over_floor"] = round(row["median"] / floor, 2)
+    return {"bytes_of_one_model": size, "tasks": 3, "jobs": rows}
+
+
+PARTS = {"blocks": blocks, "growth": growth, "peers": peers, "disk": disk}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", choices=PARTS, action="append")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--machine", default=f"{platform.machine()}_{os.cpu_count()}cores")
+    arguments = parser.parse_args()
+    out = Path(__file__).parent / "results" / f"full_scale_{arguments.machine}.json"
+    out.parent.mkdir(exist_ok=True)
+    results = json.loads(out.read_text()) if out.exists() else {}
+    results |= {"machine": arguments.machine, "torch": torch.__version__.split("+")[0]}
+    for name in arguments.only or PARTS:
+        print(name, flush=True)
+        results[name] = PARTS[name](arguments.rounds)
+        out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
