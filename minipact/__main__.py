@@ -1,28 +1,36 @@
-"""Command line of minipact: `minipact merge BASE TASK... -o OUT` and `minipact methods`."""
+"""Command line of minipact: `minipact merge BASE TASK... -o OUT`, `minipact xray`, `minipact methods`."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import math
+import os
 import shlex
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from minipact.version import __version__
+from minipact.xray import add_parser as add_xray
+from minipact.xray import run as run_xray
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from minipact.checkpoints import Checkpoint
-    from minipact.merging import Plan
+    from minipact.adapters import Adapter
+    from minipact.checkpoints import Checkpoint, Output
+    from minipact.merging import Plan, Step
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+MEMORY = 4_000_000_000  # bytes that tensors in work may take together, unless --threads says more
 DTYPES = ("keep", "float32", "bfloat16", "float16", "float64")
 
 
@@ -33,6 +41,7 @@ class UsageError(ValueError):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 fine, 2 user error, 1 failure, 130 interrupted."""
     arguments = _parser().parse_args(argv)
+    arguments.command = list(sys.argv[1:] if argv is None else argv)
     handler = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return int(arguments.run(arguments))
@@ -44,13 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error), USER_ERROR)
     except OSError as error:
-        return _fail(f"{error}; no output was written", FAILURE)
+        return _fail(f"{error}; {_left(arguments)}", FAILURE)
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
         return _fail(f"{error}; use --device cpu", FAILURE)
     except KeyboardInterrupt:
-        return _fail("interrupted; no output was written", INTERRUPTED)
+        return _fail(f"interrupted; {_left(arguments)}", INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, handler)
 
@@ -60,8 +69,26 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"minipact: error: {message}", file=sys.stderr)
+    """One message; of several processes, the others speak up only once they work on their own."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or _joined():
+        print(f"minipact: error: {f'process {rank}: ' if rank else ''}{message}", file=sys.stderr)
     return code
+
+
+def _joined() -> bool:
+    from torch import distributed
+
+    return distributed.is_initialized()
+
+
+def _left(arguments: argparse.Namespace) -> str:
+    """What an interrupted run leaves behind."""
+    output = getattr(arguments, "output", None)
+    if output is not None and output.with_name(f"{output.name}.partial").exists():
+        kept = f"{output}.partial keeps what is done, --resume goes on from there"
+        return f"no output was written; {kept}"
+    return "no output was written"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         "merge",
         help="merge checkpoints",
         description="Merge fine-tuned checkpoints into their common base. A checkpoint is a "
-        ".safetensors file, a Hugging Face or open_clip folder, or a .pt/.bin state dict.",
+        ".safetensors file, a Hugging Face or open_clip folder, or a .pt/.bin state dict; a TASK "
+        "may also be the folder of a PEFT LoRA adapter. Under torchrun --nproc-per-node N -m minipact, "
+        "N processes share the work.",
         epilog="example: minipact merge base.safetensors cars.safetensors dtd.safetensors "
         "-o merged.safetensors --rule tsv_m --purify pact",
     )
@@ -105,15 +134,20 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--exclude", action="append", metavar="GLOB", help="copy these from the base"
     )
-    merge.add_argument("--max-shard-size", default="5GB", help="of a folder's files (%(default)s)")
+    merge.add_argument("--max-shard-size", default="5GB",
+                       help="of a folder's files (%(default)s); open_clip folders hold one file")  # fmt: skip
     merge.add_argument(
         "--seed", type=int, default=0, help="of random masks and sketches (%(default)s)"
     )
-    merge.add_argument("--threads", type=int, help="CPU threads")
+    merge.add_argument("--threads", type=int, metavar="N",
+                       help="tensors in work at once on CPUs, one thread each; results do not depend on "
+                       "it (all cores, as far as 4 GB of memory go)")  # fmt: skip
     merge.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
     merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    merge.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     merge.add_argument("--json", action="store_true", help="summary as JSON on standard output")
     merge.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    add_xray(commands).set_defaults(run=_xray)
     methods = commands.add_parser("methods", help="list rules and purifiers with their options")
     methods.set_defaults(run=_methods)
     methods.add_argument("--json", action="store_true", help="as JSON")
@@ -126,54 +160,67 @@ def _parser() -> argparse.ArgumentParser:
 def _merge(arguments: argparse.Namespace) -> int:
     import torch
 
-    from minipact.checkpoints import (
-        check_output,
-        copy_side_files,
-        open_checkpoint,
-        parse_size,
-        save_checkpoint,
-    )
+    from minipact import distributed
+    from minipact.checkpoints import check_output, open_checkpoint, parse_size
     from minipact.merging import plan
 
     started = time.perf_counter()
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise UsageError(f"--threads {arguments.threads}: must be 1 or more")
-        torch.set_num_threads(arguments.threads)
+    if arguments.threads is not None and arguments.threads < 1:
+        raise UsageError(f"--threads {arguments.threads}: must be 1 or more")
+    # Several threads on one small matrix mostly wait for each other; each tensor gets one instead.
+    torch.set_num_threads(1)
     parse_size(arguments.max_shard_size)
     if not arguments.dry_run:
         check_output(arguments.output, arguments.overwrite)
     _refuse_output_among_inputs(arguments)
     base = open_checkpoint(arguments.base)
-    tasks = {name: open_checkpoint(path) for name, path in _named(arguments.tasks).items()}
+    tasks = {name: _open_task(path, base) for name, path in _named(arguments.tasks).items()}
+    aliases = _common_aliases(base, tasks)
     recipe = _recipe(arguments, list(tasks))
-    checked = plan(base, tasks, **recipe)
+    checked = plan(
+        base.without(aliases), {n: task.without(aliases) for n, task in tasks.items()}, **recipe
+    )
     summary = _summary(arguments, base, tasks, checked)
     if arguments.dry_run:
         _show(arguments, summary | {"dry_run": True}, checked)
         return 0
-    inputs = [file for checkpoint in (base, *tasks.values()) for file in checkpoint.files]
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        digests = {str(file): pool.submit(_digest, file) for file in inputs}
+    with distributed.processes(recipe["device"]):
         try:
-            card = _card_writer(arguments, summary, digests, copy_side_files)
-            tensors = _merged(arguments, base, tasks, recipe, len(checked.steps))
-            single = arguments.output.suffix == ".safetensors"
-            metadata = _provenance(summary) if single else {}
-            files = save_checkpoint(
-                arguments.output, tensors, max_shard_size=arguments.max_shard_size,
-                metadata=metadata, overwrite=arguments.overwrite, finish=card,
-            )  # fmt: skip
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            summary |= _write(arguments, base, tasks, checked, summary, aliases)
+        except ValueError as error:
+            raise _with_files(error, base, tasks) from error
     summary |= {
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_mb": _peak_memory_mb(),
-        "files": [str(file) for file in files],
-        "bytes": sum(file.stat().st_size for file in files),
     }
-    _show(arguments, summary, checked)
+    if distributed.rank() == 0:
+        _show(arguments, summary, checked)
     return 0
+
+
+def _open_task(path: Path, base: Checkpoint) -> Checkpoint | Adapter:
+    from minipact.adapters import is_adapter, open_adapter
+    from minipact.checkpoints import open_checkpoint
+
+    return open_adapter(path, base) if is_adapter(path) else open_checkpoint(path)
+
+
+def _common_aliases(base: Checkpoint, tasks: Mapping[str, Checkpoint | Adapter]) -> dict[str, str]:
+    """Second names, alias -> name, of tensors that the base and all tasks share between layers."""
+    return {
+        alias: name
+        for alias, name in base.aliases.items()
+        if all(task.aliases.get(alias) == name for task in tasks.values())
+    }
+
+
+def _with_files(
+    error: ValueError, base: Checkpoint, tasks: Mapping[str, Checkpoint | Adapter]
+) -> ValueError:
+    """The same error, with the paths of the models that it names."""
+    models = {"the base": base, **{f"task '{name}'": task for name, task in tasks.items()}}
+    paths = [f"{m} is {x.path}" for m, x in models.items() if f"{m} " in str(error)]
+    return type(error)("\n".join([str(error), *paths]))
 
 
 def _named(texts: Iterable[str]) -> dict[str, Path]:
@@ -248,8 +295,12 @@ def _value(text: str) -> Any:
 def _device(name: str) -> str:
     import torch
 
+    from minipact import distributed
+
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available() and distributed.size() > 1:
+        return distributed.local_device()
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -258,43 +309,195 @@ def _device(name: str) -> str:
     return name
 
 
-def _merged(
+# ---- Writing the output --------------------------------------------------------------------------
+
+
+def _write(
     arguments: argparse.Namespace,
     base: Checkpoint,
-    tasks: dict[str, Checkpoint],
-    recipe: dict[str, Any],
-    count: int,
-) -> Iterator[tuple[str, Tensor]]:
+    tasks: Mapping[str, Checkpoint | Adapter],
+    checked: Plan,
+    summary: dict[str, Any],
+    aliases: Mapping[str, str],
+) -> dict[str, Any]:
+    """Merge this process' share into the output; the first process lays it out and completes it."""
+    from minipact import distributed
+    from minipact.checkpoints import Output, copy_side_files
+
+    inputs = {"the base": base, **tasks}
+    stamps = _stamps(inputs.values())
+    blank = {model: {file.name: "0" * 64 for file in x.files} for model, x in inputs.items()}
+    as_file = arguments.output.suffix == ".safetensors"
+    open_clip = (arguments.base / "open_clip_config.json").is_file()
+    output = Output(
+        arguments.output,
+        {name: _announced(base.meta(name), arguments.dtype) for name in base},
+        max_shard_size=None if open_clip else arguments.max_shard_size,
+        metadata=_provenance(summary, blank) if as_file else {},
+        stem="open_clip_model" if open_clip else "model",
+        overwrite=arguments.overwrite,
+    )
+    first, keep, stop = distributed.rank() == 0, False, Event()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        try:
+            if first:
+                output.start(_record(arguments, summary) | stamps, arguments.resume)
+                digests = {
+                    model: {file.name: pool.submit(_digest, file, stop) for file in x.files}
+                    for model, x in inputs.items()
+                }
+            output.done = distributed.from_first(output.done)
+            kept = len(output.done)
+            noise, signal = _merge_share(arguments, checked, output, aliases)
+            output.settle()
+            results = distributed.from_all((output.done, noise, signal))
+            output.done = {name for done, _, _ in results for name in done}
+            if first:
+                sums = {
+                    m: {n: d.result() for n, d in files.items()} for m, files in digests.items()
+                }
+                _refuse_changed(stamps, _stamps(inputs.values()))
+
+                def finish(folder: Path) -> None:
+                    copy_side_files(arguments.base, folder)
+                    (folder / "README.md").write_text(_card(arguments, summary, sums))
+
+                metadata = _provenance(summary, sums) if as_file else {}
+                files = output.commit(metadata=metadata, finish=finish)
+            else:
+                files = []
+            files = distributed.from_first(files)
+        except (OSError, KeyboardInterrupt):
+            keep = True
+            raise
+        finally:
+            stop.set()
+            output.close(keep=keep)
+    noise, signal = (sum(result[i] for result in results) for i in (1, 2))
+    return {
+        "processes": distributed.size(),
+        "resumed_tensors": kept,
+        "rounding": (noise / signal) ** 0.5 if signal else None,
+        "files": [str(file) for file in files],
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+
+
+def _merge_share(
+    arguments: argparse.Namespace, checked: Plan, output: Output, aliases: Mapping[str, str]
+) -> tuple[float, float]:
+    """Merge and write this process' tensors; squared norms of what rounding adds, and of scale * delta.
+
+    Both are taken where the output is of a half type.
+    """
     import torch
     from tqdm import tqdm
 
-    from minipact.merging import merge_iter
+    from minipact import distributed
+    from minipact.merging import _add
 
     dtype = None if arguments.dtype == "keep" else getattr(torch, arguments.dtype)
-    quiet = arguments.quiet or not sys.stderr.isatty()
-    with tqdm(total=count, unit="tensor", desc="merging", disable=quiet) as bar:
-        yield from merge_iter(
-            base, tasks, dtype=dtype, progress=lambda done, total, name: bar.update(), **recipe
-        )
+    names = {step.name: [step.name] for step in checked.steps}
+    for alias, name in aliases.items():
+        names[name].append(alias)
+    left = [s for s in checked.steps if not output.done.issuperset(names[s.name])]
+    # A statistic of the whole model needs all tensors again, also those that are written already.
+    steps = checked.steps if "thresholds" in checked.rule.needs else left
+    mine = distributed.share({step.name: _cost(step) for step in steps})
+    combine = distributed.add_up if distributed.size() > 1 else None
+    noise = signal = 0.0
+    quiet = arguments.quiet or distributed.rank() > 0 or not sys.stderr.isatty()
+    with tqdm(total=len(mine), unit="tensor", desc="merging", disable=quiet) as bar:
+        for step, base, delta in checked.deltas(
+            names=mine, combine=combine, workers=_workers(arguments, checked)
+        ):
+            bar.update()
+            if step not in left:
+                continue
+            merged = _add(step.name, base, delta, checked.scale, dtype)
+            if delta is not None and merged.is_floating_point() and merged.itemsize < 4:
+                error = torch.add(base.to(delta), delta, alpha=checked.scale).sub_(merged)
+                noise += float(error.norm()) ** 2
+                signal += float(delta.norm()) ** 2 * checked.scale**2
+            for name in names[step.name]:
+                output.write(name, merged)
+    return noise, signal
 
 
-def _digest(file: Path) -> str:
+def _cost(step: Step) -> float:
+    """Work on a tensor, up to a factor: singular vectors of [m, n] take m * n * min(m, n)."""
+    from minipact.merging import METHODS
+
+    size = math.prod(step.shape)
+    flat = {"copy", "mean", *(m.name for m in METHODS.values() if m.scope == "tensor")}
+    return size if flat.issuperset({*step.purify, step.rule}) else size * min(step.shape)
+
+
+def _workers(arguments: argparse.Namespace, checked: Plan) -> int:
+    """Tensors in work at once: as asked for, else one per core as far as memory goes."""
+    from minipact import distributed
+
+    if arguments.threads is not None or str(checked.device) != "cpu":
+        return arguments.threads or 1
+    largest = max((math.prod(step.shape) for step in checked.steps), default=0)
+    need = 4 * largest * (2 * len(checked.tasks) + 4)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min((cores or 1) // distributed.size(), MEMORY // max(1, need)))
+
+
+def _announced(meta: Tensor, dtype: str) -> Tensor:
+    import torch
+
+    return (
+        meta if dtype == "keep" or not meta.is_floating_point() else meta.to(getattr(torch, dtype))
+    )
+
+
+def _stamps(inputs: Iterable[Checkpoint | Adapter]) -> dict[str, list[int]]:
+    """Size in bytes and time of change of each input file."""
+    files = {file.resolve(): file.stat() for x in inputs for file in x.files}
+    return {f"size and time of {f}": [s.st_size, s.st_mtime_ns] for f, s in files.items()}
+
+
+def _refuse_changed(before: Mapping[str, list[int]], after: Mapping[str, list[int]]) -> None:
+    for what, stamp in before.items():
+        if after[what] != stamp:
+            raise UsageError(f"{what} changed while it was read: merge again when it is whole")
+
+
+def _record(arguments: argparse.Namespace, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the output's bytes depend on besides the inputs: kept for --resume."""
+    kept = ("rule", "purify", "options", "scale", "weights", "seed", "dtype", "versions")
+    return {key: summary[key] for key in kept} | {
+        "include": arguments.include,
+        "exclude": arguments.exclude,
+        "device": summary["device"].split(":")[0],
+    }
+
+
+def _digest(file: Path, stop: Event) -> str:
     from minipact.checkpoints import sha256
 
-    return sha256(file)
+    return sha256(file, stop)
 
 
 # ---- What is told afterwards ---------------------------------------------------------------------
 
 
 def _summary(
-    arguments: argparse.Namespace, base: Checkpoint, tasks: dict[str, Checkpoint], checked: Plan
+    arguments: argparse.Namespace,
+    base: Checkpoint,
+    tasks: Mapping[str, Checkpoint | Adapter],
+    checked: Plan,
 ) -> dict[str, Any]:
+    import torch
+
     treatments = Counter(" > ".join([*step.purify, step.rule]) for step in checked.steps)
     size = sum(base.meta(name).nbytes for name in base)
     return {
         "base": f"{arguments.base} ({base.layout})",
         "tasks": {name: f"{task.path} ({task.layout})" for name, task in tasks.items()},
+        "versions": {"minipact": __version__, "torch": torch.__version__},
         "weights": dict(checked.weights),
         "rule": checked.rule.name,
         "purify": [method.name for method in checked.purifiers],
@@ -326,6 +529,10 @@ def _show(arguments: argparse.Namespace, summary: dict[str, Any], checked: Plan)
     if arguments.dry_run:
         print(f"dry run, nothing was written; the base has {summary['base_bytes'] / 1e6:.1f} MB")
         return
+    if summary["resumed_tensors"]:
+        print(f"{summary['resumed_tensors']} tensors were there from the interrupted run")
+    if summary["rounding"] is not None:
+        print(f"rounding of the result: {summary['rounding']:.1%} of the norm of scale * delta")
     print(
         f"wrote {arguments.output} ({summary['bytes'] / 1e6:.1f} MB) in {summary['seconds']:.1f} s, "
         f"peak memory {summary['peak_memory_mb']} MB"
@@ -339,49 +546,47 @@ def _peak_memory_mb() -> int:
     return int(peak / (1e6 if sys.platform == "darwin" else 1e3))
 
 
-def _provenance(summary: dict[str, Any]) -> dict[str, str]:
-    """Strings for the header of a single file; no times or versions of others, so that bytes repeat."""
-    kept = ("rule", "purify", "options", "scale", "weights", "seed")
-    record = {key: summary[key] for key in kept}
+def _provenance(
+    summary: Mapping[str, Any], sums: Mapping[str, Mapping[str, str]]
+) -> dict[str, str]:
+    """Strings for the header of a single file; no times or paths, so that bytes repeat."""
+    kept = ("rule", "purify", "options", "scale", "weights", "seed", "dtype", "versions")
+    record = {key: summary[key] for key in kept} | {"sha256": sums}
     return {"minipact": __version__, "merge": json.dumps(record, sort_keys=True)}
 
 
-def _card_writer(
-    arguments: argparse.Namespace,
-    summary: dict[str, Any],
-    digests: dict[str, Future[str]],
-    copy_side_files: Any,
-) -> Any:
-    def finish(folder: Path) -> None:
-        copy_side_files(arguments.base, folder)
-        (folder / "README.md").write_text(_card(summary, digests))
-
-    return finish
-
-
-def _card(summary: dict[str, Any], digests: dict[str, Future[str]]) -> str:
+def _card(
+    arguments: argparse.Namespace, summary: Mapping[str, Any], sums: Mapping[str, Mapping[str, str]]
+) -> str:
     """Model card: what was merged from what, and how."""
-    import torch
-
     tasks = "\n".join(
         f"- {name}: `{path}`, weight {summary['weights'][name]}"
         for name, path in summary["tasks"].items()
     )
-    sums = "\n".join(
-        f"- `{Path(file).name}`: `{digest.result()}`" for file, digest in digests.items()
+    digests = "\n".join(
+        f"- {model}, `{file}`: `{digest}`"
+        for model, files in sums.items()
+        for file, digest in files.items()
     )
     recipe = json.dumps(
         {key: summary[key] for key in ("rule", "purify", "options", "scale", "seed", "dtype")},
         indent=2,
     )
-    command = shlex.join(["minipact", *sys.argv[1:]])
+    passing = (
+        "--resume",
+        "--overwrite",
+        "--quiet",
+        "--json",
+    )  # of one run, without effect on bytes
+    words = [word for word in arguments.command if word not in passing]
+    versions = summary["versions"]
     return f"""---
 library_name: minipact
 tags: [merge, model-merging]
 ---
 # Merged model
 
-Merged without training by minipact {__version__} with torch {torch.__version__}.
+Merged without training by minipact {versions["minipact"]} with torch {versions["torch"]}.
 
 Base: `{summary["base"]}`
 
@@ -394,13 +599,21 @@ Recipe:
 ```
 
 SHA-256 of the inputs:
-{sums}
+{digests}
 
 Command:
 ```
-{command}
+{shlex.join(["minipact", *words])}
 ```
 """
+
+
+# ---- minipact xray -------------------------------------------------------------------------------
+
+
+def _xray(arguments: argparse.Namespace) -> int:
+    arguments.tasks, arguments.device = _named(arguments.tasks), _device(arguments.device)
+    return run_xray(arguments)
 
 
 # ---- minipact methods ----------------------------------------------------------------------------
@@ -413,7 +626,7 @@ def _methods(arguments: argparse.Namespace) -> int:
         {
             "name": method.name,
             "kind": method.kind,
-            "summary": method.summary,
+            "summary": (inspect.getdoc(method.function) or "").split("\n")[0],
             "source": method.source,
             "acts_on": "matrices" if method.scope == "matrix" else "all floating-point tensors",
             "options": method.options,

@@ -41,8 +41,8 @@ def tsv_compress(
         svd, generator: as in `pact`.
 
     Returns:
-        U [T, m, k], S [T, k] descending, V [T, n, k] in D's dtype; where a task has
-        fewer than k directions, the rest is zero. Source: Gargiulo et al. 2025, section 3.1 (arXiv 2412.00081).
+        U [T, m, k], S [T, k] descending, V [T, n, k] in D's dtype; where a task has fewer than k
+        directions, the rest is zero. Source: Gargiulo et al. 2025, section 3.1 (arXiv 2412.00081).
 
     Raises:
         MergeError: D is not a finite stack of matrices, or an option is out of range.
@@ -84,12 +84,9 @@ def singular_task_interference(
     _check_known("norm", [norm], ("entrywise", "induced"))
     u, s, v = (x.double() for x in tsv_compress(_lift(D), rank=rank))
     u, s, v = u.transpose(0, 1).flatten(1), s.flatten(), v.transpose(0, 1).flatten(1)
-    present = s > 0
-    overlap_u, overlap_v = (
-        x[:, present].mT @ x[:, present] - torch.eye(int(present.sum())).to(x) for x in (u, v)
-    )
-    magnitudes = (overlap_u @ (s[present, None] * overlap_v)).abs()
-    return float(magnitudes.sum() if norm == "entrywise" else magnitudes.sum(0).max())
+    overlap_u, overlap_v = (x.mT @ x - torch.eye(len(s)).to(x) for x in (u, v))
+    columns = (overlap_u @ (s[:, None] * overlap_v)).abs().sum(0)
+    return float(columns.sum() if norm == "entrywise" else max(columns, default=0.0))
 
 
 # ---- Load-bearing walls as subspaces -------------------------------------------------------------
@@ -189,6 +186,8 @@ def _walls_and_updates(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Per task its LBW basis and its leading update directions, as coordinates in one frame."""
     _check_stack(D, W0)
+    if not 0 <= tol < 1:
+        raise MergeError(f"tol={tol} must satisfy 0 <= tol < 1")
     _, c0, own = _coordinates(W0, D, core, task, svd, generator)
     return [_orth(c0 - c @ (c.mT @ c0), tol) for c in own], own
 
@@ -216,6 +215,8 @@ def axis_profile(
     `intrusion_energy`. Keywords and errors as in `pact`.
     """
     _check_stack(D, W0)
+    if not torch.isfinite(D).all():
+        raise MergeError("D holds NaN or infinity: check the checkpoints it comes from")
     v0 = _core(W0, core, svd, generator)
     wide = D.double()
     energy = wide.square().sum((1, 2)).clamp(min=1e-300)
@@ -228,11 +229,14 @@ def axis_profile(
 def ablate_subspace(X: Tensor, basis: Tensor) -> Tensor:
     """X [..., m, n] without what it does on the span of an orthonormal basis P [n, p]: X - X P P^T.
 
-    In X's dtype. Raises MergeError where the shapes do not fit.
+    In X's dtype. X is an update, or a whole weight. Raises MergeError where the shapes do not fit or the
+    basis is not orthonormal.
     """
     if basis.ndim != 2 or basis.shape[0] != X.shape[-1]:
         raise MergeError(f"basis {tuple(basis.shape)} does not fit X {tuple(X.shape)}: use [n, p]")
     p = basis.to(_lift(X))
+    if not torch.allclose(p.mT @ p, torch.eye(p.shape[1]).to(p), atol=1e-2):
+        raise MergeError("the columns of basis must be orthonormal: use torch.linalg.qr(basis).Q")
     return (_lift(X) - (_lift(X) @ p) @ p.mT).to(X.dtype)
 
 
@@ -244,10 +248,13 @@ def random_subspace(avoid: Tensor, size: int, *, generator: Generator = None) ->
     Raises:
         MergeError: fewer than `size` directions are left.
     """
+    if avoid.ndim != 2:
+        raise MergeError(f"avoid {tuple(avoid.shape)} must be a basis [n, K]; K may be 0")
     n, taken = avoid.shape
     if not 0 <= size <= n - taken:
         raise MergeError(f"size={size}: only {n - taken} of {n} directions are left beside `avoid`")
     held = avoid.double()
-    draw = torch.randn(n, size, generator=generator, dtype=torch.float64, device=held.device)
+    source = generator.device if generator else "cpu"
+    draw = torch.randn(n, size, generator=generator, dtype=torch.float64, device=source).to(held)
     basis: Tensor = torch.linalg.qr(draw - held @ (held.mT @ draw)).Q
     return basis

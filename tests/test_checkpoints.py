@@ -12,12 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 
 from minipact import checkpoints
 from minipact.checkpoints import (
     CheckpointError,
+    Output,
     check_output,
     copy_side_files,
     open_checkpoint,
@@ -49,7 +50,7 @@ def same(found, expected: dict[str, Tensor]) -> bool:
 
 def test_single_file(tmp_path: Path, state: dict[str, Tensor]):
     path = tmp_path / "x.safetensors"
-    assert save_checkpoint(path, state.items(), metadata={"note": "hello"}) == [path]
+    assert save_checkpoint(path, state, metadata={"note": "hello"}) == [path]
     read = open_checkpoint(path)
     assert same(read, state)
     assert same(load_file(path), state)
@@ -61,14 +62,14 @@ def test_single_file(tmp_path: Path, state: dict[str, Tensor]):
 
 
 def test_folder_with_one_shard(tmp_path: Path, state: dict[str, Tensor]):
-    files = save_checkpoint(tmp_path / "out", state.items())
+    files = save_checkpoint(tmp_path / "out", state)
     assert [file.name for file in files] == ["model.safetensors"]
     assert same(open_checkpoint(tmp_path / "out"), state)
 
 
 def test_shards_and_their_index(tmp_path: Path, state: dict[str, Tensor]):
     out = tmp_path / "out"
-    files = save_checkpoint(out, state.items(), max_shard_size=1000)
+    files = save_checkpoint(out, state, max_shard_size=1000)
     assert [file.name for file in files] == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
@@ -107,8 +108,8 @@ def test_module_prefix_stays_unless_all_have_it(tmp_path: Path):
 
 def test_same_tensors_same_bytes(tmp_path: Path, state: dict[str, Tensor]):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    save_checkpoint(one, state.items())
-    save_checkpoint(two, ((name, x.clone()) for name, x in state.items()))
+    save_checkpoint(one, state)
+    save_checkpoint(two, open_checkpoint(one))
     assert sha256(one) == sha256(two)
 
 
@@ -117,7 +118,7 @@ def test_views_and_many_metadata(tmp_path: Path):
     texts = {f"key {i}": "ä" * i for i in range(9)}
     digests = set()
     for i in range(4):
-        save_checkpoint(tmp_path / f"{i}.safetensors", views.items(), metadata=texts)
+        save_checkpoint(tmp_path / f"{i}.safetensors", views, metadata=texts)
         digests.add(sha256(tmp_path / f"{i}.safetensors"))
     assert len(digests) == 1
     read = open_checkpoint(tmp_path / "0.safetensors")
@@ -196,10 +197,89 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "exploded").exists()
 
 
-def test_whole_pickled_modules_come_with_a_recipe(tmp_path: Path):
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "encoder.pt")
+class Encoder(torch.nn.Module):
+    """As the field's older checkpoints hold it: a whole module, with functions and options."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+        self.model.again = self.model[0]
+        self.register_buffer("passing", torch.zeros(1), persistent=False)
+        self.options, self.act, self.names = Path("x"), torch.nn.functional.gelu, {"a", "b"}
+
+
+def test_whole_pickled_modules_are_read_without_their_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    encoder = Encoder()
+    torch.save(encoder, tmp_path / "encoder.pt")
+    expected = encoder.state_dict()
+
+    def explode(*_: object) -> None:
+        raise AssertionError("its code ran")
+
+    for name in ("__init__", "__setstate__"):
+        monkeypatch.setattr(Encoder, name, explode)
+    read = open_checkpoint(tmp_path / "encoder.pt")
+    assert list(read) == list(expected)
+    assert same(read, expected)
+    assert read.aliases == {
+        "model.again.weight": "model.0.weight",
+        "model.again.bias": "model.0.bias",
+    }
+
+
+def test_modules_in_the_old_format_come_with_a_recipe(tmp_path: Path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "encoder.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"(?s)convert it elsewhere.*save_file"):
         open_checkpoint(tmp_path / "encoder.pt")
+
+
+class Evil:
+    def __init__(self, function, *arguments):
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize("function", [eval, exec, getattr, __import__, os.system, pickle.loads])
+def test_no_function_of_a_pickled_module_is_called(tmp_path: Path, function):
+    flag = tmp_path / "exploded"
+    arguments = {getattr: (os, "system"), __import__: ("antigravity",)}.get(
+        function, (f"open({str(flag)!r}, 'w')",)
+    )
+    module = torch.nn.Linear(2, 2)
+    module.evil = Evil(function, *arguments)
+    module.odd = Evil(torch.nn.Module)
+    if function is getattr:
+        module.evil = Evil(function, "text", "upper")
+    torch.save(module, tmp_path / "x.pt")
+    with contextlib.suppress(CheckpointError):
+        assert list(open_checkpoint(tmp_path / "x.pt")) == ["weight", "bias"]
+    assert not flag.exists()
+
+
+def test_shared_tensors_have_aliases(tmp_path: Path):
+    x = torch.randn(4, 2)
+    state = {"embed": x, "head": x, "part": x[:2], "turned": x.mT, "copy": x.clone()}
+    torch.save(state, tmp_path / "x.pt")
+    read = open_checkpoint(tmp_path / "x.pt")
+    assert read.aliases == {"head": "embed"}
+    assert same(read, state)
+    assert list(read.without({"head"})) == ["embed", "part", "turned", "copy"]
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)})
+    model["b"] = model["a"]
+    save_model(model, str(tmp_path / "m.safetensors"))
+    read = open_checkpoint(tmp_path / "m.safetensors")
+    assert same(read, model.state_dict())
+    assert set(read.aliases) == {"b.weight", "b.bias"}
+
+
+def test_sparse_tensors_are_refused(tmp_path: Path):
+    torch.save({"w": torch.eye(3).to_sparse()}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="'w' is sparse"):
+        open_checkpoint(tmp_path / "x.pt")
 
 
 def test_no_state_dict(tmp_path: Path):
@@ -210,7 +290,7 @@ def test_no_state_dict(tmp_path: Path):
 
 def sharded(tmp_path: Path, state: dict[str, Tensor]) -> tuple[Path, dict]:
     out = tmp_path / "model"
-    save_checkpoint(out, state.items(), max_shard_size=1000)
+    save_checkpoint(out, state, max_shard_size=1000)
     return out, json.loads((out / checkpoints.INDEX).read_text())
 
 
@@ -305,13 +385,18 @@ def left(folder: Path) -> list[str]:
 @pytest.mark.parametrize("output", ["out", "out.safetensors"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_on_the_way_leaves_nothing(tmp_path: Path, output: str, error):
-    def tensors():
-        yield "a", torch.zeros(1000)
-        yield "b", torch.zeros(1000)
-        raise error
+    class Failing(dict):
+        def meta(self, name: str) -> Tensor:
+            return super().__getitem__(name)
 
+        def __getitem__(self, name: str) -> Tensor:
+            if name == "c":
+                raise error
+            return super().__getitem__(name)
+
+    state = Failing({name: torch.zeros(1000) for name in "abc"})
     with pytest.raises(error):
-        save_checkpoint(tmp_path / output, tensors(), max_shard_size=4000)
+        save_checkpoint(tmp_path / output, state, max_shard_size=4000)
     assert left(tmp_path) == []
 
 
@@ -323,25 +408,25 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, output: str, call: str, monk
 
     monkeypatch.setattr(os, call, full)
     with pytest.raises(OSError, match="No space"):
-        save_checkpoint(tmp_path / output, [("a", torch.zeros(10))])
+        save_checkpoint(tmp_path / output, {"a": torch.zeros(10)})
     assert left(tmp_path) == []
 
 
 @pytest.mark.parametrize("output", ["out", "out.safetensors"])
 def test_existing_output(tmp_path: Path, state: dict[str, Tensor], output: str):
     path = tmp_path / output
-    save_checkpoint(path, state.items())
+    save_checkpoint(path, state)
     with pytest.raises(CheckpointError, match="--overwrite"):
-        save_checkpoint(path, [("z", torch.zeros(1))])
+        save_checkpoint(path, {"z": torch.zeros(1)})
     assert same(open_checkpoint(path), state)
-    save_checkpoint(path, [("z", torch.zeros(1))], overwrite=True)
+    save_checkpoint(path, {"z": torch.zeros(1)}, overwrite=True)
     assert list(open_checkpoint(path)) == ["z"]
     assert left(tmp_path) == [output]
 
 
 def test_failed_overwriting_keeps_the_old(tmp_path: Path, state: dict[str, Tensor], monkeypatch):
     for output in ("out", "out.safetensors"):
-        save_checkpoint(tmp_path / output, state.items())
+        save_checkpoint(tmp_path / output, state)
 
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, "broken disk")
@@ -349,18 +434,23 @@ def test_failed_overwriting_keeps_the_old(tmp_path: Path, state: dict[str, Tenso
     monkeypatch.setattr(os, "replace", fail)
     for output in ("out", "out.safetensors"):
         with pytest.raises(OSError, match="broken disk"):
-            save_checkpoint(tmp_path / output, [("z", torch.zeros(1))], overwrite=True)
+            save_checkpoint(tmp_path / output, {"z": torch.zeros(1)}, overwrite=True)
         assert same(open_checkpoint(tmp_path / output), state)
     assert left(tmp_path) == ["out", "out.safetensors"]
 
 
 def test_remains_of_a_killed_run_are_no_checkpoint_and_are_replaced(tmp_path: Path):
     partial = tmp_path / "out.partial"
-    partial.mkdir()
-    save_file({"w": torch.zeros(1)}, partial / "shard-0")
-    with pytest.raises(CheckpointError):
+    unfinished = Output(tmp_path / "out", {"w": torch.ones(1), "v": torch.ones(1)})
+    unfinished.start()
+    unfinished.write("w", torch.ones(1))
+    unfinished.settle()
+    unfinished.close(keep=True)
+    with pytest.raises(CheckpointError, match="--resume"):
         open_checkpoint(partial)
-    save_checkpoint(tmp_path / "out", [("w", torch.ones(1))])
+    with pytest.raises(CheckpointError, match="no whole safetensors"):
+        open_checkpoint(partial / "out")
+    save_checkpoint(tmp_path / "out", {"w": torch.ones(1)})
     assert left(tmp_path) == ["out"]
 
 
@@ -377,3 +467,115 @@ def test_outputs_that_cannot_be(tmp_path: Path):
     (tmp_path / "d.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="another kind"):
         check_output(tmp_path / "d.safetensors", overwrite=True)
+
+
+def test_a_folder_of_someone_else_is_not_cleared_away(tmp_path: Path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").touch()
+    with pytest.raises(CheckpointError, match="move it away"):
+        save_checkpoint(tmp_path / "out", {"w": torch.ones(1)})
+    assert left(tmp_path / "out.partial") == ["thesis.tex"]
+
+
+# ---- Tensor by tensor ----------------------------------------------------------------------------
+
+
+def test_bytes_are_those_of_the_safetensors_library(tmp_path: Path, state: dict[str, Tensor]):
+    state |= {'ä "quoted"': torch.arange(3), "none": torch.zeros(0, 4), "odd": torch.ones(3).bool()}
+    save_file(state, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    save_checkpoint(tmp_path / "ours.safetensors", state)
+    assert sha256(tmp_path / "ours.safetensors") == sha256(tmp_path / "theirs.safetensors")
+
+
+@pytest.mark.parametrize("output", ["out", "out.safetensors"])
+def test_any_order_and_a_pause_give_the_same_bytes(
+    tmp_path: Path, state: dict[str, Tensor], output: str
+):
+    save_checkpoint(tmp_path / f"whole{output}", state, max_shard_size=1000)
+    names = list(reversed(state))
+    for part in (names[:2], names[2:]):
+        unfinished = Output(tmp_path / output, state, max_shard_size=1000)
+        kept = unfinished.start({"seed": 1}, resume=True)
+        assert kept == set(names) - set(part) - set(names[2:])
+        for name in part:
+            unfinished.write(name, state[name])
+        unfinished.settle()
+        if part == names[2:]:
+            unfinished.commit()
+        unfinished.close(keep=True)
+    assert left(tmp_path) == sorted([output, f"whole{output}"])
+    for file in (tmp_path / output).iterdir() if output == "out" else [tmp_path / output]:
+        other = tmp_path / f"whole{output}"
+        assert sha256(file) == sha256(other / file.name if output == "out" else other)
+
+
+def test_resuming_needs_the_same_recipe_and_layout(tmp_path: Path, state: dict[str, Tensor]):
+    def begin(recipe: dict, resume: bool, **settings) -> set[str]:
+        output = Output(tmp_path / "out", state, **settings)
+        try:
+            output.start(recipe, resume)
+            output.write("steps", state["steps"])
+            output.settle()
+            return output.done
+        finally:
+            output.close(keep=True)
+
+    assert begin({"rule": "ties", "files": [1, 2]}, resume=True) == {"steps"}
+    for recipe, message in (
+        ({"rule": "pact", "files": [1, 2]}, "rule 'ties', now it is 'pact'"),
+        ({"rule": "ties", "files": [1, 3]}, r"files \[1, 2\]"),
+        ({"rule": "ties"}, "files"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            begin(recipe, resume=True)
+    with pytest.raises(CheckpointError, match="layout"):
+        begin({"rule": "ties", "files": [1, 2]}, resume=True, max_shard_size=1000)
+    journal = tmp_path / "out.partial" / checkpoints.JOURNAL
+    with journal.open("a") as file:
+        file.write('{"done": "a.wei')  # a torn line
+    unfinished = Output(tmp_path / "out", state)
+    assert unfinished.start({"rule": "ties", "files": [1, 2]}, resume=True) == {"steps"}
+    unfinished.close(keep=True)
+    unfinished = Output(tmp_path / "out", state)
+    assert unfinished.start({"rule": "ties", "files": [1, 2]}) == set()
+    unfinished.close(keep=False)
+    assert left(tmp_path) == []
+
+
+def test_two_runs_into_one_output(tmp_path: Path, state: dict[str, Tensor]):
+    first = Output(tmp_path / "out", state)
+    first.start()
+    for resume in (True, False):
+        second = Output(tmp_path / "out", state)
+        with pytest.raises(CheckpointError, match="another run"):
+            second.start(resume=resume)
+        second.close(keep=False)
+    for name, x in state.items():
+        first.write(name, x)
+    first.commit()
+    assert same(open_checkpoint(tmp_path / "out"), state)
+
+
+def test_what_was_not_announced_is_refused(tmp_path: Path):
+    output = Output(tmp_path / "out.safetensors", {"w": torch.zeros(3)})
+    output.start()
+    for wrong in (torch.zeros(4), torch.zeros(3).half()):
+        with pytest.raises(CheckpointError, match="'w' is"):
+            output.write("w", wrong)
+    with pytest.raises(CheckpointError, match="'w' was never written"):
+        output.commit()
+    output.close(keep=False)
+    with pytest.raises(CheckpointError, match="'w' of torch.complex64"):
+        Output(tmp_path / "out", {"w": torch.zeros(3, dtype=torch.complex64)})
+    assert left(tmp_path) == []
+
+
+def test_reading_ahead_is_a_hint(tmp_path: Path, state: dict[str, Tensor]):
+    save_checkpoint(tmp_path / "out", state, max_shard_size=1000)
+    read = open_checkpoint(tmp_path / "out")
+    for name, (file, start, length) in read._places.items():
+        assert length == state[name].nbytes
+        flat = state[name].reshape(-1).view(torch.uint8)
+        assert file.read_bytes()[start : start + length] == bytes(flat.tolist())
+        read.prefetch(name)
+    read.prefetch("nothing")

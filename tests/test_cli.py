@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -225,37 +223,3 @@ def test_full_disk_is_a_failure_without_output(files: Path):
         assert done.returncode == 1, done.stderr
         assert "no output was written" in done.stderr
         assert not list(files.glob("out*"))
-
-
-@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT", "SIGKILL"])
-def test_interrupted_runs_leave_no_checkpoint(tmp_path: Path, signal_name: str):
-    base = {f"{i}.w": torch.randn(400, 400) for i in range(60)}
-    save_file(base, tmp_path / "base.safetensors")
-    for t in "ab":
-        save_file(
-            {n: x + 0.01 * torch.randn(400, 400) for n, x in base.items()},
-            tmp_path / f"{t}.safetensors",
-        )
-    inputs = [str(tmp_path / f"{n}.safetensors") for n in ("base", "a", "b")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "minipact", "merge", *inputs, "-o", str(tmp_path / "out"),
-         "--rule", "tsv_m", "--purify", "pact", "--max-shard-size", "1MB"],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    partial = tmp_path / "out.partial"
-    deadline = time.monotonic() + 60
-    while not list(partial.glob("*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert process.poll() is None, "finished before it could be interrupted"
-    process.send_signal(getattr(signal, signal_name))
-    _, error = process.communicate(timeout=60)
-    assert not (tmp_path / "out").exists()
-    if signal_name == "SIGKILL":
-        with pytest.raises(mp.checkpoints.CheckpointError):
-            mp.checkpoints.open_checkpoint(partial)
-    else:
-        assert process.returncode == 130
-        assert "interrupted; no output was written" in error
-        assert not partial.exists()
-    assert main(["merge", *inputs, "-o", str(tmp_path / "out"), "--quiet"]) == 0
-    assert not partial.exists()
