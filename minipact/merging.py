@@ -874,7 +874,7 @@ def _scale(
         if not math.isfinite(scale):
             raise MergeError(f"scale={scale} must be a finite number")
         return float(scale), ()
-    if rule.name not in METHODS:
+    if not rule.source:
         return 1.0, ("scale 1.0: your own rule has no recommended value",)
     reduce = rule.given.get("reduce", "any")
     if reduce not in rule.scale:

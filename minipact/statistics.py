@@ -197,11 +197,9 @@ def _sum_of_squares(g: Tensor, weight: Tensor) -> Tensor:
 class LBWMasks:
     """Groups of single weights of a fine-tuned model, each tensor name -> boolean mask.
 
-    Attributes:
-        crucial: small update and high Fisher information: the load-bearing weights.
-        safe: small update and low Fisher information.
-        random: drawn from all entries of the tensor.
-        low: drawn from the entries with a small update, whatever their Fisher information.
+    `crucial`: small update and high Fisher information, the load-bearing weights. `safe`: small update and
+    low Fisher information. `random`: drawn from all entries of the tensor. `low`: drawn from the
+    entries with a small update, whatever their Fisher information.
     """
 
     crucial: dict[str, Tensor]
@@ -221,10 +219,10 @@ def lbw_mask(
 ) -> LBWMasks:
     """Find the weights that a task hardly moved but relies on, with control groups, in each tensor.
 
-    Small update: |tau| below its quantile `low`. Crucial: small update and Fisher information above
+    Small update: the size of tau lies below its quantile `low`. Crucial: small update and Fisher information above
     its quantile `high`; safe: small update and Fisher information below its quantile `low`. Quantiles
     are taken per tensor, over at most 10^7 random entries. In scope are floating-point tensors with
-    two dimensions or more whose name holds none of head, norm, ln_, logit_scale.
+    two dimensions or more whose name holds none of `head`, `norm`, `ln_`, `logit_scale`.
 
     Args:
         tau: name -> task vector of the victim.
@@ -314,12 +312,12 @@ def _draw(among: Tensor, size: int, seed: int, name: str, group: str) -> Tensor:
 def enrichment(mask: Tensor, tau_B: Tensor) -> Tensor:
     """Share of a task's squared update that falls on a mask, over the mask's share of entries.
 
-    [sum over mask of tau_B^2 / sum of tau_B^2] / (|mask| / d): 1 where B has no preference, above 1
+    (sum over mask of tau_B^2 / sum of tau_B^2) / (size of mask / d): 1 where B has no preference, above 1
     where it overwrites the mask more than its size explains.
 
     Args:
-        mask: [*shape] boolean, d entries.
-        tau_B: [*shape] update of the interfering task, or [..., *shape] for several.
+        mask: [shape] boolean, d entries.
+        tau_B: [shape] update of the interfering task, or [..., shape] for several.
 
     Returns:
         [...] in float64; NaN where the mask is empty or tau_B is zero.
@@ -332,7 +330,7 @@ def enrichment(mask: Tensor, tau_B: Tensor) -> Tensor:
 
 
 def cohens_d(mask: Tensor, tau_B: Tensor) -> Tensor:
-    """Difference of the means of |tau_B| inside and outside of a mask, in standard deviations.
+    """Difference of the mean sizes of tau_B inside and outside of a mask, in standard deviations.
 
     (mean_in - mean_out) / sqrt((var_in + var_out) / 2 + 1e-12), population variances. Arguments,
     shapes and errors as in `enrichment`; NaN where the mask is empty or full.

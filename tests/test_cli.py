@@ -1,9 +1,7 @@
-"""The command line end to end, on real files: results, summaries, faults, interruption."""
+"""The command line end to end, on real files: results, summaries, user errors, layouts."""
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -204,22 +202,152 @@ def test_names_of_tasks_and_outputs(files: Path, capsys: pytest.CaptureFixture[s
     assert stop.value.code == 2
 
 
-def test_full_disk_is_a_failure_without_output(files: Path):
-    """A real one: the process may write no file beyond 2 kB."""
-    script = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from minipact.__main__ import main\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    for output in ("out", "out.safetensors"):
-        command = [str(files / f"{n}.safetensors") for n in ("base", "a", "b")]
-        done = subprocess.run(
-            [sys.executable, "-c", script, "merge", *command, "-o", str(files / output)],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 1, done.stderr
-        assert "no output was written" in done.stderr
-        assert not list(files.glob("out*"))
+# ---- Layouts of real checkpoints -----------------------------------------------------------------
+
+
+def tuned(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        name: x + (0.02 * torch.randn(x.shape, generator=g)).to(x) if x.is_floating_point() else x
+        for name, x in state.items()
+    }
+
+
+TINY_CLIP = {
+    "embed_dim": 16,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def test_open_clip_folders_load_in_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import open_clip
+
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", TINY_CLIP)
+    torch.manual_seed(0)
+    clip = open_clip.create_model("tiny", pretrained=None)
+    state = {name: x.clone() for name, x in clip.state_dict().items()}
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(state, base / "open_clip_model.safetensors")
+    (base / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY_CLIP}))
+    models = {t: tuned(state, i) for i, t in enumerate("ab")}
+    torch.save({"epoch": 1, "state_dict": {f"module.{n}": x for n, x in models["a"].items()}},
+               tmp_path / "a.pt")  # fmt: skip
+    torch.save(models["b"], tmp_path / "b.pt")
+    out = tmp_path / "out"
+    arguments = [str(base), str(tmp_path / "a.pt"), str(tmp_path / "b.pt"), "-o", str(out)]
+    options = ["--rule", "tsv_m", "--purify", "pact", "--max-shard-size", "1KB", "--quiet"]
+    assert main(["merge", *arguments, *options]) == 0
+    expected = mp.merge(state, models, rule="tsv_m", purify="pact")
+    by_folder = open_clip.create_model_and_transforms(f"local-dir:{out}")[0]
+    weights = str(out / "open_clip_model.safetensors")
+    by_path = open_clip.create_model_and_transforms("tiny", pretrained=weights)[0]
+    for model in (by_folder, by_path):
+        assert same(dict(model.state_dict()), expected)
+    image = torch.randn(1, 3, 32, 32)
+    assert not torch.equal(by_path.encode_image(image), clip.encode_image(image))
+
+
+def test_hugging_face_clip_names(tmp_path: Path):
+    layer = "vision_model.encoder.layers.0"
+    shapes = {f"{layer}.self_attn.{p}_proj.weight": (16, 16) for p in ("q", "k", "v", "out")}
+    shapes |= {f"{layer}.mlp.fc1.weight": (32, 16), f"{layer}.mlp.fc1.bias": (32,),
+               f"{layer}.layer_norm1.weight": (16,), "visual_projection.weight": (8, 16),
+               "vision_model.embeddings.class_embedding": (16,),
+               "vision_model.embeddings.patch_embedding.weight": (16, 3, 4, 4)}  # fmt: skip
+    state = {name: torch.randn(shape) for name, shape in shapes.items()}
+    state["vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+    for name, x in {"base": state, "a": tuned(state, 1), "b": tuned(state, 2)}.items():
+        (tmp_path / name).mkdir()
+        save_file(x, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    (tmp_path / "base" / "preprocessor_config.json").write_text("{}")
+    paths = [str(tmp_path / name) for name in ("base", "a", "b")]
+    out = tmp_path / "out"
+    assert main(["merge", *paths, "-o", str(out), "--rule", "iso_c", "--quiet"]) == 0
+    merged = load_file(out / "model.safetensors")
+    tasks = {"a": tuned(state, 1), "b": tuned(state, 2)}
+    assert same(merged, mp.merge(state, tasks, rule="iso_c"))
+    assert merged["vision_model.embeddings.position_ids"].dtype == torch.int64
+    assert {"config.json", "preprocessor_config.json", "README.md"} <= {
+        p.name for p in out.iterdir()
+    }
+
+
+def test_sharded_half_precision_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shapes = {"model.embed_tokens.weight": (64, 16), "model.layers.0.mlp.up_proj.weight": (32, 16),
+              "model.norm.weight": (16,)}  # fmt: skip
+    state = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    for name, x in {"base": state, "a": tuned(state, 1)}.items():
+        mp.checkpoints.save_checkpoint(tmp_path / name, x, max_shard_size=2500)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "merges.txt"):
+        (tmp_path / "base" / name).write_text("{}")
+    out = tmp_path / "out"
+    arguments = ["merge", str(tmp_path / "base"), str(tmp_path / "a"), "-o", str(out)]
+    options = ["--max-shard-size", "2500", "--scale", "1", "--json"]
+    assert main([*arguments, *options]) == 0
+    merged = mp.checkpoints.open_checkpoint(out)
+    assert merged.layout == "2 shards"
+    assert same(dict(merged), mp.merge(state, [tuned(state, 1)], scale=1))
+    assert (out / "tokenizer.json").exists()
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["rounding"] < 1e-6  # two half-precision models differ by what half types hold
+    assert main([*arguments, "--scale", "0.3", "--overwrite"]) == 0
+    assert "of the norm of scale * delta" in capsys.readouterr().out
+
+
+def test_rounding_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    base, task = {"w": torch.full((8, 8), 1.0)}, {"w": torch.full((8, 8), 1.0 + 2**-7 + 2**-9)}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(task, tmp_path / "a.safetensors")
+    arguments = [str(tmp_path / "base.safetensors"), str(tmp_path / "a.safetensors")]
+    out = ["-o", str(tmp_path / "out"), "--scale", "1", "--json", "--overwrite"]
+    assert main(["merge", *arguments, *out, "--dtype", "bfloat16"]) == 0
+    # bfloat16 keeps 7 bits: of 2^-7 + 2^-9 it drops 2^-9
+    assert json.loads(capsys.readouterr().out)["rounding"] == pytest.approx(2**-9 / (2**-7 + 2**-9))
+    assert main(["merge", *arguments, *out]) == 0
+    assert json.loads(capsys.readouterr().out)["rounding"] is None
+
+
+def test_tied_tensors_are_merged_once_and_written_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    states = {}
+    for i, name in enumerate(("base", "a", "b")):
+        shared, own = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(i))
+        states[name] = {"embed": shared, "own": own, "head": shared}
+        torch.save(states[name], tmp_path / f"{name}.pt")
+    arguments = [str(tmp_path / f"{name}.pt") for name in states]
+    out = ["-o", str(tmp_path / "out.safetensors"), "--rule", "ties", "--scale", "1"]
+    assert main(["merge", *arguments, *out]) == 0
+    assert "2 tensors: ties" in capsys.readouterr().out
+    merged = load_file(tmp_path / "out.safetensors")
+    once = {n: {k: x for k, x in state.items() if k != "head"} for n, state in states.items()}
+    base = once.pop("base")
+    expected = mp.merge(base, once, rule="ties", scale=1)
+    assert same(merged, expected | {"head": expected["embed"]})
+    torch.save({k: x.clone() for k, x in states["b"].items()}, tmp_path / "b.pt")  # untied there
+    assert main(["merge", *arguments, *out, "--overwrite"]) == 0
+    assert "3 tensors: ties" in capsys.readouterr().out
+
+
+def test_pickled_image_encoders_merge(tmp_path: Path):
+    encoder = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.GELU(), torch.nn.Linear(6, 3))
+    states = {}
+    for i, name in enumerate(("zeroshot", "a", "b")):
+        encoder.load_state_dict(tuned(encoder.state_dict(), i))
+        states[name] = {k: x.clone() for k, x in encoder.state_dict().items()}
+        torch.save(encoder, tmp_path / f"{name}.pt")
+    arguments = [str(tmp_path / f"{name}.pt") for name in states]
+    out = tmp_path / "out.safetensors"
+    assert main(["merge", *arguments, "-o", str(out), "--quiet"]) == 0
+    assert same(load_file(out), mp.merge(states.pop("zeroshot"), states))
+
+
+def test_threads_do_not_change_the_bytes(files: Path):
+    for threads in ("1", "3"):
+        out = files / f"out{threads}.safetensors"
+        assert run(files, "-o", str(out), "--rule", "tsv_m", "--threads", threads, "--quiet") == 0
+    assert sha256(files / "out1.safetensors") == sha256(files / "out3.safetensors")

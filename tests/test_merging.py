@@ -539,6 +539,13 @@ def test_own_functions():
     name = "visual.mlp.c_fc.weight"
     D = torch.stack([task[name] - BASE[name] for task in TASKS])
     assert torch.allclose(delta[name], mp.pact(BASE[name], D / 2).amax(0), atol=1e-6)
+    again = mp.merged_delta(
+        BASE, TASKS, rule=mp.iso_cts, purify="pact"
+    )  # named like a registered rule
+    assert torch.equal(
+        again[name], mp.merged_delta(BASE, TASKS, rule="iso_cts", purify="pact")[name]
+    )
+    assert mp.plan(BASE, TASKS, rule=mp.iso_cts).scale == 1.0
     with pytest.raises(mp.MergeError, match=r"<lambda> returned the shape"):
         mp.merge(BASE, TASKS, rule=lambda D: D[0, 0])
 
