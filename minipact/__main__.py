@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import inspect
 import json
 import math
@@ -169,6 +171,7 @@ def _merge(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--threads {arguments.threads}: must be 1 or more")
     # Several threads on one small matrix mostly wait for each other; each tensor gets one instead.
     torch.set_num_threads(1)
+    _reuse_memory()
     parse_size(arguments.max_shard_size)
     if not arguments.dry_run:
         check_output(arguments.output, arguments.overwrite)
@@ -196,6 +199,18 @@ def _merge(arguments: argparse.Namespace) -> int:
     if distributed.rank() == 0:
         _show(arguments, summary, checked)
     return 0
+
+
+def _reuse_memory() -> None:
+    """Have glibc keep freed memory for the next tensor, as clearing fresh pages costs more than adding.
+
+    Blocks of 256 MB and more go back at once, so that what lies idle stays small beside a big model.
+    """
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # of its malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((trim_threshold, 2**31 - 1), (mmap_threshold, 2**28), (arena_max, 1)):
+            mallopt(option, value)
 
 
 def _open_task(path: Path, base: Checkpoint) -> Checkpoint | Adapter:
@@ -535,7 +550,7 @@ def _show(arguments: argparse.Namespace, summary: dict[str, Any], checked: Plan)
         print(f"rounding of the result: {summary['rounding']:.1%} of the norm of scale * delta")
     print(
         f"wrote {arguments.output} ({summary['bytes'] / 1e6:.1f} MB) in {summary['seconds']:.1f} s, "
-        f"peak memory {summary['peak_memory_mb']} MB"
+        f"peak memory {summary['peak_memory_mb']} MB with mapped input files"
     )
 
 

@@ -219,10 +219,11 @@ def lbw_mask(
 ) -> LBWMasks:
     """Find the weights that a task hardly moved but relies on, with control groups, in each tensor.
 
-    Small update: the size of tau lies below its quantile `low`. Crucial: small update and Fisher information above
-    its quantile `high`; safe: small update and Fisher information below its quantile `low`. Quantiles
-    are taken per tensor, over at most 10^7 random entries. In scope are floating-point tensors with
-    two dimensions or more whose name holds none of `head`, `norm`, `ln_`, `logit_scale`.
+    Small update: the size of tau lies below its quantile `low`. Crucial: small update and Fisher
+    information above its quantile `high`; safe: small update and Fisher information below its
+    quantile `low`. Quantiles are taken per tensor, over at most 10^7 random entries. In scope are
+    floating-point tensors with two dimensions or more whose name holds none of `head`, `norm`,
+    `ln_`, `logit_scale`.
 
     Args:
         tau: name -> task vector of the victim.
