@@ -7,8 +7,8 @@ Needs torch only: copy this file into any project. Everything is one pipeline, *
         one rule      D -> merged         task_arithmetic, ties, tsv_m, iso_c, iso_cts, or your own
         result        W0 + scale * merged
 
-The functions on tensors (`pact`, `tsv_m`, ...) are the mathematics; `merge` runs them over whole models.
-Shapes stand in square brackets: m outputs, n inputs, T tasks. Singular vectors are columns.
+The functions on tensors are the mathematics; `merge` runs them over whole models. Shapes stand in
+square brackets: m outputs, n inputs, T tasks. Singular vectors are columns.
 """
 
 from __future__ import annotations
@@ -29,12 +29,18 @@ import torch
 from torch import Tensor
 
 Rank = int | float | str
+Device = str | torch.device
 State = Mapping[str, Tensor]
-Tasks = Sequence[State] | Mapping[str, State]
+States = Mapping[str, State]
+Tasks = Sequence[State] | States
+Weights = Mapping[str, float] | None
 Function = Callable[..., Tensor]
 Generator = torch.Generator | None
+Generators = Generator | Sequence[Generator]
 Triples = tuple[Tensor, Tensor, Tensor]
 Dtype = torch.dtype | None
+Names = Collection[str] | None
+Stream = Callable[[], Iterable[Tensor]]
 Progress = Callable[[int, int, str], None] | None
 
 
@@ -49,10 +55,9 @@ class MergeError(ValueError):
 class Method:
     """A purifier or a rule as `merge` sees it.
 
-    `kind` is "purifier" or "rule". `scope` "matrix" acts on 2-D weights (a rule then gives vectors the
-    mean), "tensor" on every floating-point tensor. `scale` is a rule's recommended scale per value of
-    `reduce` ("any" where there is none), `needs` what `merge` supplies besides D, `given` the options
-    of this run, `patterns` globs of the tensor names it is limited to.
+    `scope` "matrix" acts on 2-D weights (a rule then gives vectors the mean), "tensor" on all. `scale` is
+    a rule's recommended scale per value of `reduce` ("any" without), `needs` what `merge` supplies besides
+    D, `given` the options of this run, `patterns` globs of the tensor names it is limited to.
     """
 
     name: str
@@ -110,8 +115,7 @@ def _svd(x: Tensor, tol: float, rank: Rank | None = None) -> Triples:
     """SVD in float64 on the numerical range, S > tol S_1: U [m, k], S [k] descending, V [n, k].
 
     With a rank, only the leading triples. From tol 1e-6 on it goes by the eigenvectors of the smaller
-    Gram matrix, several times faster than an SVD; a Gram matrix squares the singular values, so it
-    cannot serve smaller tolerances.
+    Gram matrix, faster than an SVD; it squares the singular values, so it cannot serve smaller ones.
     """
     if not _is_finite(x):
         raise MergeError("a matrix holds NaN or infinity: check the checkpoints it comes from")
@@ -136,17 +140,13 @@ def _randomized_svd(
 ) -> Triples:
     """Leading singular triples by the range finder with power iterations (Halko et al. 2011)."""
     shape = (x.shape[1], min(count + oversample, *x.shape))
-    sketch = torch.randn(shape, dtype=torch.float64, **_source(generator))
+    source = generator.device if generator else "cpu"  # so that the numbers are the same elsewhere
+    sketch = torch.randn(shape, generator=generator, dtype=torch.float64, device=source)
     q = torch.linalg.qr(x @ sketch.to(x)).Q
     for _ in range(power):
         q = torch.linalg.qr(x @ torch.linalg.qr(x.mT @ q).Q).Q
     u, s, v = _svd(q.mT @ x, _rank_tolerance(x.dtype), min(count, shape[1]))
     return q.double() @ u, s, v
-
-
-def _source(generator: Generator) -> dict[str, Any]:
-    """Draw on the generator's own device, so that the numbers are the same on all others."""
-    return {"generator": generator, "device": generator.device if generator else "cpu"}
 
 
 def _count(rank: Rank, size: int, spectrum: Tensor | None = None) -> int:
@@ -176,8 +176,7 @@ def _leading_svd(x: Tensor, rank: Rank, svd: str, generator: Generator) -> Tripl
 def _polar(x: Tensor, tol: float) -> Tensor:
     """Polar factor U V^T of x = U S V^T on its numerical range: the nearest partial isometry.
 
-    Directions at the level of rounding stay zero. Completing them to a full isometry would give
-    them unit weight, which fills exactly the directions that PACT cleared.
+    Completing it to a full isometry would fill exactly the directions that PACT cleared.
     """
     u, _, v = _svd(x, tol)
     return u @ v.mT
@@ -214,7 +213,7 @@ def pact(
             the full union of the other tasks' LBW subspaces; from about 0.2 on little more than the core.
         strength: 0 leaves D as it is, 1 removes the shield entirely.
         svd: "exact", or "randomized" (range finder, 10 extra columns, 3 power iterations, drawn from
-            `generator`). On spectra that decay like 1/i the results agree within 1 % in Frobenius norm.
+            `generator`): within 1 % in Frobenius norm where spectra decay like 1/i, else less close.
 
     Returns [T, m, n] filtered task matrices in D's dtype; one task alone comes back unchanged. Raises
     MergeError where shapes do not fit, W0 is zero, a rank is out of range, or an option is unknown.
@@ -245,11 +244,7 @@ def sift(
 
 @_method("purifier", "tensor", "Yu et al. 2024, arXiv 2311.03099", "generators")
 def dare(
-    D: Tensor,
-    p: float = 0.9,
-    *,
-    rescale: bool = True,
-    generator: Generator | Sequence[Generator] = None,
+    D: Tensor, p: float = 0.9, *, rescale: bool = True, generator: Generators = None
 ) -> Tensor:
     """DARE: drop each entry with probability p, divide the rest by 1 - p (Yu et al. 2024, section 3).
 
@@ -259,8 +254,9 @@ def dare(
     if not 0 <= p < 1:
         raise MergeError(f"dare: p={p} must satisfy 0 <= p < 1")
     per_task = generator if isinstance(generator, Sequence) else [generator] * len(D)
-    draws = torch.stack([torch.rand(D.shape[1:], **_source(g)) for g in per_task])
-    kept = D * (draws >= p).to(D)
+    sources = [g.device if g else "cpu" for g in per_task]
+    draws = [torch.rand(D.shape[1:], generator=g, device=d) for g, d in zip(per_task, sources)]  # noqa: B905
+    kept = D * (torch.stack(draws) >= p).to(D)
     return kept / (1 - p) if rescale else kept
 
 
@@ -301,8 +297,8 @@ def _union(reliance: list[Tensor], j: int, tol: float) -> Tensor:
 def _orth(a: Tensor, tol: float) -> Tensor:
     """Orthonormal basis of the columns of a [q, c] by rank: singular values above tol times the first.
 
-    Rank-revealing on purpose: a reduced QR of a wide, rank-deficient matrix returns a complete
-    basis, and the filter would then delete everything. A matrix of rounding size spans nothing.
+    A reduced QR of a wide, rank-deficient matrix would return a complete basis, and the filter delete
+    everything. A matrix of rounding size spans nothing.
     """
     return _svd(a, max(tol, 1e-12))[0] if a.norm() > 1e-6 else a[:, :0]
 
@@ -331,15 +327,14 @@ def ties(
 ) -> Tensor:
     """TIES: trim small entries, elect a sign per entry, merge what agrees (Yadav et al. 2023).
 
-    D is [T, ...], task matrices or vectors, the result [...]. Each task keeps its int(density * d)
-    largest entries in magnitude, ties included (the released code keeps one more), or those from
-    `thresholds` [T] on, as `merge` passes them. reduce="mean" averages the entries that agree with the
-    elected sign, "sum" adds them, "max" takes the largest; an entry whose sum is exactly zero elects no
-    sign and stays zero. Raises MergeError where density or reduce is out of range.
+    D is [T, ...], the result [...]. Each task keeps its int(density * d) largest entries in magnitude,
+    ties included (the released code keeps one more), or those from `thresholds` [T] on. reduce="mean"
+    averages the entries that agree with the elected sign, "sum" adds them, "max" takes the largest; an
+    entry whose sum is exactly zero stays zero. Raises MergeError for a density or reduce out of range.
     """
     _check_known("reduce", [reduce], ("mean", "sum", "max"))
     if thresholds is None:
-        thresholds = _thresholds(lambda: [D], len(D), _kept_entries(density, D[0].numel()))
+        thresholds = _thresholds(lambda: [D], len(D), density, D[0].numel())
     floor = thresholds.to(D.device).view(-1, *[1] * (D.ndim - 1))
     trimmed = torch.where(D.abs().float() >= floor, D, 0)
     sign = trimmed.sum(0).sign()
@@ -350,23 +345,19 @@ def ties(
     return total if reduce == "sum" else total / (agreeing != 0).sum(0).clamp(min=1)
 
 
-def _kept_entries(density: float, numel: int) -> int:
+def _thresholds(
+    stream: Stream, tasks: int, density: float, size: int, combine: Function | None = None
+) -> Tensor:
+    """Per task the int(density * size)-th largest magnitude in a stream of D [T, ...], [T] in float32.
+
+    Non-negative float32 numbers sort like their bit patterns. A first pass counts their upper 16 bits,
+    a second one the lower 16 bits of those in the bin found: exact, in memory that does not grow with
+    the model. `combine` adds up the counts of several processes.
+    """
     if not 0 < density <= 1:
         raise MergeError(f"ties: density={density} must satisfy 0 < density <= 1")
-    return max(1, int(density * numel + 1e-9))
-
-
-def _thresholds(
-    stream: Callable[[], Iterable[Tensor]], tasks: int, keep: int, combine: Function | None = None
-) -> Tensor:
-    """Per task the keep-th largest magnitude over a stream of D [T, ...], exactly, [T] in float32.
-
-    Non-negative float32 numbers sort like their bit patterns. A first pass over the stream counts
-    their upper 16 bits, a second one the lower 16 bits of those in the bin found: memory does not
-    grow with the model. `combine` adds up the counts of several processes.
-    """
     found, ranks = torch.zeros(2, tasks, dtype=torch.int64)
-    ranks += keep
+    ranks += max(1, int(density * size + 1e-9))
     for shift in (16, 0):
         counts = torch.zeros(tasks, 65536, dtype=torch.int64)
         for D in stream():
@@ -397,7 +388,8 @@ def tsv_m(
     """
     _check_stack(D)
     k = max(1, min(D.shape[1:]) // len(D)) if rank is None else rank
-    u, s, v = _side_by_side(_leading_svd(d, k, svd, generator) for d in D)
+    triples = [_leading_svd(d, k, svd, generator) for d in D]
+    u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True))
     tol = _rank_tolerance(D.dtype)
     return ((_polar(u, tol) * s) @ _polar(v, tol).mT).to(D.dtype)
 
@@ -430,7 +422,7 @@ def iso_cts(D: Tensor, common: float = 0.8, *, mean_over: str = "all") -> Tensor
     own = min(round((size - int(size * common)) / len(D)), (size - 1) // len(D))
     shared = _svd(stack.sum(0), tol, size - own * len(D))
     residuals = (_own_directions(d.double(), shared[0], own, tol) for d in stack)
-    u, s, v = _side_by_side([shared, *residuals])
+    u, s, v = (torch.cat(parts, dim=-1) for parts in zip(shared, *residuals, strict=True))
     merged = _mean_singular_value(s, D, mean_over) * (_polar(u, tol) @ _polar(v, tol).mT)
     return merged.to(D.dtype)
 
@@ -440,11 +432,6 @@ def _own_directions(d: Tensor, common: Tensor, count: int, tol: float) -> Triple
     u, s, v = _svd(d - common @ (common.mT @ d), tol, count)
     count = int((s > tol * d.norm()).sum())
     return u[:, :count], s[:count], v[:, :count]
-
-
-def _side_by_side(triples: Iterable[Triples]) -> list[Tensor]:
-    """U, S and V of several matrices, each joined along its last axis."""
-    return [torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True)]
 
 
 def _mean_singular_value(s: Tensor, D: Tensor, mean_over: str) -> Tensor:
@@ -495,11 +482,11 @@ class Plan:
     scale: float
     notes: tuple[str, ...]
     base: State
-    tasks: Mapping[str, State]
+    tasks: States
     weights: Mapping[str, float]
     purifiers: tuple[Method, ...]
     rule: Method
-    device: str | torch.device
+    device: Device
     seed: int
 
     def merged(
@@ -512,17 +499,12 @@ class Plan:
                 progress(done, len(self.steps), step.name)
 
     def deltas(
-        self,
-        *,
-        names: Collection[str] | None = None,
-        combine: Function | None = None,
-        workers: int = 1,
+        self, *, names: Names = None, combine: Function | None = None, workers: int = 1
     ) -> Iterator[tuple[Step, Tensor, Tensor | None]]:
         """Per tensor of the base: its step, the base tensor, and the merged delta, None for a copy.
 
-        `workers` threads take a tensor each; with torch.set_num_threads(1) they beat as many threads on
-        one tensor, and results do not depend on their number. For one process of several: `names`
-        restricts the work, and `combine` adds an integer tensor up over all processes (TIES).
+        `workers` threads take a tensor each; results do not depend on their number. For one process of
+        several: `names` restricts the work, `combine` adds integers up over all processes (for TIES).
         """
         steps = [step for step in self.steps if names is None or step.name in names]
         self._refuse_identical()
@@ -532,11 +514,17 @@ class Plan:
         yield from map(work, steps_ahead) if workers == 1 else _in_order(work, steps_ahead, workers)
 
     def _delta(self, step: Step, thresholds: Tensor | None) -> tuple[Step, Tensor, Tensor | None]:
-        base, D = self.base[step.name], self._purified(step)
-        if D is None:
+        base = self.base[step.name]
+        if step.rule == "copy":
             return step, base, None
-        delta = D.mean(0) if step.rule == "mean" else self._call(self.rule, step, D, thresholds)
-        return step, base, delta
+        rule: Function = partial(self._call, self.rule, step, thresholds=thresholds)
+        rule = partial(torch.mean, dim=0) if step.rule == "mean" else rule
+        added_up = step.rule == "mean" or self.rule.function is task_arithmetic
+        by_entry = added_up or thresholds is not None
+        stacks = self._task_matrices(step, by_entry)
+        parts = [rule(D) if by_entry or not _is_zero(D) else D[0] for D in stacks]
+        delta = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return step, base, None if _is_zero(delta) else delta.reshape(step.shape)
 
     def _read_ahead(self, steps: Sequence[Step]) -> Iterator[Step]:
         """The steps; mappings with a method `prefetch(name)` hear of the next tensor one step ahead."""
@@ -546,17 +534,17 @@ class Plan:
                 prefetch(ahead.name)
             yield step
 
-    def _purified(self, step: Step) -> Tensor | None:
-        """Task matrices of one tensor after all purifiers; None where there is nothing to merge."""
-        if step.rule == "copy":
-            return None
-        D = _task_deltas(step.name, self.base, self.tasks, self.weights, self.device)
-        if not D.any():
-            return None
-        for method in self.purifiers:
-            if method.covers(step.name, step.kind):
+    def _task_matrices(self, step: Step, by_entry: bool) -> Iterator[Tensor]:
+        """D [T, m, n] of one tensor after all purifiers; where nothing but entries counts, in blocks."""
+        source = step.name, self.base, self.tasks, self.weights, self.device
+        if by_entry and not step.purify:
+            yield from _delta_blocks(*source)
+            return
+        D = _task_deltas(*source)
+        for method in self.purifiers if not _is_zero(D) else ():
+            if method.name in step.purify:
                 D = self._call(method, step, D)
-        return D
+        yield D
 
     @torch.no_grad()
     def _call(
@@ -592,14 +580,12 @@ class Plan:
         if "thresholds" not in rule.needs or rule.given["scope"] == "tensor":
             return None
         size = sum(math.prod(step.shape) for step in self.steps if step.rule == rule.name)
-        keep = _kept_entries(rule.given["density"], size)
         trimmed = [step for step in steps if step.rule == rule.name]
 
         def stream() -> Iterator[Tensor]:
-            purified = (self._purified(step) for step in self._read_ahead(trimmed))
-            return (D for D in purified if D is not None)
+            return (D for s in self._read_ahead(trimmed) for D in self._task_matrices(s, True))
 
-        return _thresholds(stream, len(self.tasks), keep, combine)
+        return _thresholds(stream, len(self.tasks), rule.given["density"], size, combine)
 
     def _refuse_identical(self) -> None:
         merged = [step.name for step in self.steps if step.rule != "copy"]
@@ -632,7 +618,7 @@ def plan(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     policy: Callable[[str, Tensor], str] = default_policy,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     seed: int = 0,
 ) -> Plan:
     """Check a merge by names, shapes and options, without reading weights. Arguments as in `merge`.
@@ -673,7 +659,7 @@ def merge(
             task name -> model. With names the result does not depend on their order, bit for bit.
         dtype: floating-point type of the result; None keeps the base's. All work is done in float32
             at least, in float64 where an input is float64.
-        progress: called with (tensors done, tensors in all, name).
+        progress: called with (tensors done, tensors in all, name) after each.
         rule: name in METHODS ("task_arithmetic"), or a function D [T, m, n] -> [m, n] for matrices.
         purify: names in METHODS, or functions (W0, D) -> D for matrices, in order.
         scale: factor of the merged task vector. None takes the rule's recommended value
@@ -698,51 +684,61 @@ def merge(
 def merge_iter(
     base: State, tasks: Tasks, *, dtype: Dtype = None, progress: Progress = None, **recipe: Any
 ) -> Iterator[tuple[str, Tensor]]:
-    """`merge` as a generator of (name, tensor) in the base's order, one weight in memory at a time.
-
-    Arguments and errors as in `merge`; names, shapes and options are checked at the call.
-    """
+    """`merge` as a generator of (name, tensor), one in memory at a time; arguments checked at the call."""
     return plan(base, tasks, **recipe).merged(dtype=dtype, progress=progress)
 
 
 @torch.no_grad()
 def _add(name: str, base: Tensor, delta: Tensor | None, scale: float, dtype: Dtype) -> Tensor:
     """base + scale * delta in a wide type, then in dtype; a copy of the base without a delta."""
-    if not base.is_floating_point():
-        return base.clone()
+    dtype = (dtype or base.dtype) if base.is_floating_point() else base.dtype
     if delta is None or scale == 0:
-        merged = base.to(dtype or base.dtype, copy=True)
+        merged = base.to(dtype, copy=True)
     else:
-        merged = torch.add(base.to(delta), delta, alpha=scale).to(dtype or base.dtype)
+        merged = torch.empty(base.shape, dtype=dtype, device=delta.device)
+        pieces = (_pieces(x, delta.device) for x in (merged, base, delta))
+        for out, x, d in zip(*pieces, strict=True):
+            out.copy_(torch.add(x.to(d), d, alpha=scale))
     if not _is_finite(merged):
         hint = "check the base, take a smaller scale or a wider dtype"
         raise MergeError(f"tensor '{name}' of the result overflows {merged.dtype}: {hint}")
     return merged
 
 
+def _pieces(x: Tensor, device: Device) -> Sequence[Tensor]:
+    """The entries in pieces that fit into the cache where a CPU does the work, else in one."""
+    size = 1 << 18 if torch.device(device).type == "cpu" else max(1, x.numel())
+    return torch.split(x.flatten(), size)
+
+
 @torch.no_grad()
-def _task_deltas(
-    name: str,
-    base: State,
-    tasks: Mapping[str, State],
-    weights: Mapping[str, float] | None = None,
-    device: str | torch.device = "cpu",
-) -> Tensor:
-    """D [T, ...] of one tensor: weight * (fine-tuned - base), subtracted in float32 at least."""
+def _delta_blocks(
+    name: str, base: State, tasks: States, weights: Weights = None, device: Device = "cpu"
+) -> Iterator[Tensor]:
+    """weight * (fine-tuned - base) of one tensor in blocks [T, b], subtracted in float32 at least."""
     states = {"the base": base, **{f"task '{label}'": task for label, task in tasks.items()}}
     tensors = {model: state[name] for model, state in states.items()}
     wide = any(x.dtype == torch.float64 for x in tensors.values())
-    start = tensors["the base"].to(device, torch.float64 if wide else torch.float32)
-    D = start.new_empty(len(tasks), *start.shape)
-    for delta, x in zip(D, list(tensors.values())[1:], strict=True):
-        torch.sub(x.to(start), start, out=delta)
-    if not _is_finite(D):
-        model = next((m for m, x in tensors.items() if not _is_finite(x)), "some task")
-        hint = "repair the checkpoint, or exclude the tensor"
-        raise MergeError(f"tensor '{name}' of {model} holds NaN or infinity: {hint}")
-    for delta, weight in zip(D, (weights or {}).values(), strict=False):
-        delta *= weight
-    return D
+    kind = torch.empty(0, dtype=torch.float64 if wide else torch.float32, device=device)
+    factors = list((weights or dict.fromkeys(tasks, 1.0)).values())
+    for start, *tuned in zip(*(_pieces(x, device) for x in tensors.values()), strict=True):
+        origin, D = start.to(kind), kind.new_empty(len(tuned), len(start))
+        for delta, x, factor in zip(D, tuned, factors, strict=True):
+            torch.sub(x.to(kind), origin, out=delta)
+            delta.mul_(factor) if factor != 1 else delta
+        if not _is_finite(D):
+            model = next((m for m, x in tensors.items() if not _is_finite(x)), "some task")
+            hint = "repair the checkpoint, or exclude the tensor"
+            raise MergeError(f"tensor '{name}' of {model} holds NaN or infinity: {hint}")
+        yield D
+
+
+def _task_deltas(
+    name: str, base: State, tasks: States, weights: Weights = None, device: Device = "cpu"
+) -> Tensor:
+    """D [T, ...] of one tensor, all of `_delta_blocks` together."""
+    blocks = list(_delta_blocks(name, base, tasks, weights, device))
+    return torch.cat(blocks, dim=1).view(len(tasks), *_meta(base, name).shape)
 
 
 def _generator(seed: int, *names: str) -> torch.Generator:
@@ -754,8 +750,11 @@ def _generator(seed: int, *names: str) -> torch.Generator:
 
 
 def _is_finite(x: Tensor) -> bool:
-    """No NaN and no infinity: any of them makes the sum so; a sum may also overflow by itself."""
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+    return not x.numel() or all(torch.isfinite(end) for end in x.aminmax())
+
+
+def _is_zero(x: Tensor) -> bool:
+    return not x.numel() or not any(x.aminmax())
 
 
 def _lift(x: Tensor) -> Tensor:
@@ -788,7 +787,7 @@ def _check_stack(D: Tensor, W0: Tensor | None = None) -> None:
         )
 
 
-def _named_tasks(tasks: Sequence[State] | Mapping[str, State]) -> dict[str, State]:
+def _named_tasks(tasks: Sequence[State] | States) -> dict[str, State]:
     """Tasks by name: sorted where the caller named them, else numbered from '0'."""
     pairs = sorted(tasks.items()) if isinstance(tasks, Mapping) else enumerate(tasks)
     named = {str(name): task for name, task in pairs}
@@ -887,7 +886,7 @@ def _scale(
 
 
 def _task_weights(
-    weights: Sequence[float] | Mapping[str, float] | None, tasks: Tasks, named: Mapping[str, State]
+    weights: Sequence[float] | Mapping[str, float] | None, tasks: Tasks, named: States
 ) -> dict[str, float]:
     if weights is None:
         return dict.fromkeys(named, 1.0)

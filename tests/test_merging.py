@@ -435,7 +435,7 @@ def test_thresholds_of_a_stream_are_exact():
     D[1] = D[1].round(decimals=1)  # many ties
     D[2, 1000:] = 0  # fewer numbers than are kept
     for keep in (1, 1500, 5000):
-        found = merging._thresholds(lambda: iter(D.split(700, dim=1)), 3, keep)
+        found = merging._thresholds(lambda: iter(D.split(700, dim=1)), 3, keep / 5000, 5000)
         assert torch.equal(found, D.abs().sort(dim=1, descending=True).values[:, keep - 1])
 
 
@@ -791,3 +791,27 @@ def test_parameters_merge_without_a_graph():
     base = {n: x.clone().requires_grad_(x.is_floating_point()) for n, x in BASE.items()}
     merged = mp.merge(base, [tuned, TASKS[1]], rule="iso_c", purify="pact")
     assert not any(x.requires_grad for x in merged.values())
+
+
+def test_large_tensors_merge_in_blocks_as_in_one():
+    shape = (300, 1000)  # more entries than one block
+    base = {"w": normal(*shape, dtype=torch.float32).bfloat16(), "b": torch.zeros(0)}
+    tuned = [
+        {
+            "w": (base["w"] + 0.1 * normal(*shape, seed=i, dtype=torch.float32)).bfloat16(),
+            "b": base["b"],
+        }
+        for i in (1, 2, 3)
+    ]
+    D = torch.stack([task["w"].float() - base["w"].float() for task in tuned])
+    weights = torch.tensor([1.0, 0.5, 2.0])
+    summed = mp.merge(base, tuned, scale=0.3, weights=weights.tolist())["w"]
+    expected = base["w"].float() + 0.3 * (D * weights[:, None, None]).sum(0)
+    assert torch.equal(summed, expected.bfloat16())
+    for scope in ("global", "tensor"):
+        delta = mp.merged_delta(base, tuned, rule="ties", options={"ties": {"scope": scope}})
+        assert torch.equal(delta["w"], mp.ties(D))
+    assert torch.equal(mp.merged_delta(base, tuned, rule="iso_c")["w"], mp.iso_c(D))
+    tuned[1]["w"][-1, -1] = math.nan
+    with pytest.raises(mp.MergeError, match="'w' of task '1' holds NaN"):
+        mp.merge(base, tuned)
