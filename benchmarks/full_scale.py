@@ -1,7 +1,7 @@
 """Whole merges at real sizes: minipact, the papers' algorithms written plainly, and other packages.
 
     python benchmarks/full_scale.py                 all parts, some minutes on 2 cores
-    python benchmarks/full_scale.py --only disk     one part: blocks, growth, peers, disk
+    python benchmarks/full_scale.py --only disk     one part: blocks, stages, growth, peers, whole, disk
 
 Everything is compared on the same files or tensors, in one run, taking turns; medians and ratios go to
 benchmarks/results/full_scale_<machine>.json. fusion-bench and mergekit take part where they are installed.
@@ -28,12 +28,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from vit_b32 import run
+from torch.utils._python_dispatch import TorchDispatchMode
+from vit_b32 import FLOOR, measure, run
 
 import minipact as mp
 
 BLOCK = {"in_proj": (2304, 768), "out_proj": (768, 768), "c_fc": (3072, 768), "c_proj": (768, 3072)}
 RANKS = {"core": 38, "task": 32}
+SVDS = ("exact", "randomized")
 State = dict[str, Tensor]
 
 
@@ -161,6 +163,84 @@ def blocks(rounds: int) -> dict[str, Any]:
     return {"jobs": found, "largest_relative_distance_exact_to_plain": round(distance, 6)}
 
 
+class Clock(TorchDispatchMode):
+    """CPU seconds and number of factorisations, and CPU seconds of everything else."""
+
+    FACTORISATIONS = ("linalg_eigh", "linalg_svd", "linalg_qr")
+    PRODUCTS = ("mm", "addmm", "bmm")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: dict[str, int] = {}
+        self.seconds = {"factorisations": 0.0, "products": 0.0, "the rest": 0.0}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        started = time.process_time()
+        result = func(*args, **(kwargs or {}))
+        spent = time.process_time() - started
+        name = func.__name__.split(".")[0].removeprefix("_")
+        if name in self.FACTORISATIONS:
+            self.count[name] = self.count.get(name, 0) + 1
+            self.seconds["factorisations"] += spent
+        else:
+            self.seconds["products" if name in self.PRODUCTS else "the rest"] += spent
+        return result
+
+
+def factorisations(m: int, n: int, repeats: int) -> dict[str, float]:
+    """CPU seconds for the singular vectors of an [m, n] matrix, m >= n; the least of some repeats."""
+    A = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
+    wide = A.double()
+    routes: dict[str, Callable[[], Any]] = {
+        "SVD, float32": lambda: torch.linalg.svd(A, full_matrices=False),
+        "SVD, float64": lambda: torch.linalg.svd(wide, full_matrices=False),
+        "Gram matrix, float64": lambda: torch.linalg.eigh(wide.mT @ wide),
+    }
+    found = {}
+    for name, route in routes.items():
+        seconds = []
+        for _ in range(repeats):
+            started = time.process_time()
+            route()
+            seconds.append(time.process_time() - started)
+        found[name] = float(f"{min(seconds):.3g}")
+    return found
+
+
+def stages(rounds: int, tasks: int = 8) -> dict[str, Any]:
+    """One square matrix of ViT-B on one thread: CPU seconds of each stage, and what they are spent on."""
+    g = torch.Generator().manual_seed(0)
+    W0 = decaying((768, 768), 30.0, g)
+    tuned = [W0 + decaying((768, 768), 1.0, g) for _ in range(tasks)]
+    D = torch.stack([W - W0 for W in tuned])
+    filtered = {svd: mp.pact(W0, D, **RANKS, svd=svd, generator=g) for svd in SVDS}
+    merged = mp.tsv_m(D)
+    jobs: dict[str, Callable[[], Tensor]] = {
+        "subtract": lambda: torch.stack([W - W0 for W in tuned])
+    }
+    for s in SVDS:
+        jobs[f"PACT, {s}"] = lambda s=s: mp.pact(W0, D, **RANKS, svd=s, generator=g)
+        jobs[f"TSV-M, {s}"] = lambda s=s: mp.tsv_m(filtered[s], svd=s, generator=g)
+    jobs["add"] = lambda: torch.add(W0, merged, alpha=1.0)
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    for name, job in jobs.items():
+        clocks = []
+        for _ in range(max(2, rounds)):
+            with Clock() as clock:
+                job()
+            clocks.append(clock)
+        best = min(clocks, key=lambda c: sum(c.seconds.values()))
+        spent = {what: float(f"{x:.3g}") for what, x in best.seconds.items()}
+        found[name] = {"cpu_seconds": spent, "factorisations": best.count}
+        print(f"  {name}: {found[name]}", flush=True)
+    shapes = {name: (max(mn), min(mn)) for name, mn in BLOCK.items() if name != "c_proj"}
+    alone = {f"{m} x {n}": factorisations(m, n, max(2, rounds)) for m, n in shapes.values()}
+    return {"shape": [768, 768], "tasks": tasks, "jobs": found, "one_matrix": alone}
+
+
 def growth(rounds: int) -> dict[str, Any]:
     """How the time of PACT + TSV-M grows with tasks, width and depth."""
     workers = os.cpu_count() or 1
@@ -170,7 +250,7 @@ def growth(rounds: int) -> dict[str, Any]:
         for value in values:
             setting = {"tasks": 8, "width": 384, "layers": 1} | {axis: value}
             base, tasks = block_models(**setting)
-            for svd in ("exact", "randomized"):
+            for svd in SVDS:
                 jobs = {svd: lambda b=base, t=tasks, s=svd: our_merge(b, t, s, workers)}
                 row = take_turns(jobs, min(rounds, 2))[svd]
                 found.setdefault(axis, []).append(
@@ -256,15 +336,6 @@ def llama_folder(folder: Path, layers: int, change: int, width: int = 2048) -> N
     (folder / "config.json").write_text(json.dumps(config))
 
 
-FLOOR = """
-import sys
-with open(sys.argv[1] + "/../copy", "wb") as copy:
-    for number, folder in enumerate(sys.argv[1:]):
-        with open(folder + "/model.safetensors", "rb") as file:
-            while block := file.read(1 << 22):
-                if number == 0:
-                    copy.write(block)
-"""
 MERGEKIT = """merge_method: task_arithmetic
 base_model: {base}
 models:
@@ -283,9 +354,10 @@ def disk(rounds: int, layers: int = 6) -> dict[str, Any]:
         paths = [folder / f"model{i}" for i in range(4)]
         for i, path in enumerate(paths):
             llama_folder(path, layers, change=i)
-        inputs, out = [str(path) for path in paths], str(folder / "out")
+        inputs, out, copy = [str(path) for path in paths], str(folder / "out"), str(folder / "copy")
+        weights = [f"{path}/model.safetensors" for path in inputs]
         jobs = {
-            "read the inputs, write one": [sys.executable, "-c", FLOOR, *inputs],
+            "read the inputs, write one": [sys.executable, "-c", FLOOR, *weights, copy],
             "minipact": [sys.executable, "-m", "minipact", "merge", *inputs, "-o", out,
                          "--rule", "task_arithmetic", "--scale", "0.3", "--overwrite", "--quiet"],
         }  # fmt: skip
@@ -316,7 +388,19 @@ def disk(rounds: int, layers: int = 6) -> dict[str, Any]:
     return {"bytes_of_one_model": size, "tasks": 3, "jobs": rows}
 
 
-PARTS = {"blocks": blocks, "growth": growth, "peers": peers, "disk": disk}
+def whole(rounds: int) -> dict[str, Any]:
+    """A whole ViT-B/32 image tower from files to file."""
+    return measure(rounds)
+
+
+PARTS = {
+    "blocks": blocks,
+    "stages": stages,
+    "growth": growth,
+    "peers": peers,
+    "whole": whole,
+    "disk": disk,
+}
 
 
 def main() -> None:

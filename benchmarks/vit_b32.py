@@ -1,33 +1,45 @@
-"""Three fine-tuned ViT-B-32 image towers merged by PACT + TSV-M: time and memory of `minipact merge`.
+"""Three fine-tuned ViT-B-32 image towers merged by `minipact merge`, file to file: time and memory.
 
-    python benchmarks/vit_b32.py
+    python benchmarks/vit_b32.py --device cuda --machine NAME
 
 The weights are made on the spot (open_clip's architecture, random base, low-rank and dense deltas); sizes and
-layout are those of the real checkpoints. Writes benchmarks/results/vit_b32_<machine>.json.
+layout are those of the real checkpoints. Everything is set against the floor, a program that reads four
+files and writes one. Writes benchmarks/results/vit_b32_<machine>.json; full_scale.py does it on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from safetensors.torch import save_file
 
-MODES = {
-    "exact": [],
-    "randomized": ["--set", "pact.svd=randomized", "--set", "tsv_m.svd=randomized"],
-}
+PACT = ["--rule", "tsv_m", "--purify", "pact"]
+SKETCH = ["--set", "pact.svd=randomized", "--set", "tsv_m.svd=randomized"]
+FLOOR = """
+import sys
+*inputs, output = sys.argv[1:]
+with open(output, "wb") as copy:
+    for number, name in enumerate(inputs):
+        with open(name, "rb") as file:
+            while block := file.read(1 << 22):
+                if number == 0:
+                    copy.write(block)
+"""
 
 
 def make_checkpoints(folder: Path, tasks: int = 3, seed: int = 0) -> tuple[Path, list[Path]]:
@@ -59,24 +71,23 @@ def fine_tuned(base: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tens
 
 
 def anonymous_mb(pid: int) -> float:
-    """Anonymous resident memory of a process in MB (Linux)."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    return int(found[1]) / 1000 if found else 0.0
+    """Anonymous resident memory of a process and those it started, in MB (Linux)."""
+    process = Path(f"/proc/{pid}")
+    found = re.search(r"RssAnon:\s+(\d+) kB", (process / "status").read_text())
+    children = (process / f"task/{pid}/children").read_text().split()
+    return (int(found[1]) / 1000 if found else 0.0) + sum(anonymous_mb(int(c)) for c in children)
 
 
 def run(command: list[str]) -> dict[str, float]:
-    """Wall time, and the largest anonymous memory above that of the bare imports."""
+    """Wall time, and the largest anonymous memory."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     samples = [0.0]
 
     def watch() -> None:
         while process.poll() is None:
-            try:
+            with contextlib.suppress(OSError):  # a process may end while it is looked at
                 samples.append(anonymous_mb(process.pid))
-            except OSError:
-                return
             time.sleep(0.02)
 
     thread = threading.Thread(target=watch)
@@ -87,32 +98,55 @@ def run(command: list[str]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started, "anonymous_mb": max(samples)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--machine", default=f"{platform.machine()}_{os.cpu_count()}cores")
-    arguments = parser.parse_args()
-    python = [sys.executable, "-m"]
+def measure(repeats: int, device: str = "cpu") -> dict[str, Any]:
+    """The floor and several ways to merge the same files, taking turns: seconds, and memory above imports."""
     bare = run(
         [sys.executable, "-c", "import torch, safetensors.torch, minipact, time; time.sleep(1)"]
     )
-    results = {"machine": arguments.machine, "torch": torch.__version__, "modes": {}}
-    with tempfile.TemporaryDirectory() as name:
+    runs: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         folder = Path(name)
         base, tasks = make_checkpoints(folder)
-        for mode, options in MODES.items():
-            command = [*python, "minipact", "merge", base, *tasks, "-o", folder / "out.safetensors",
-                       "--rule", "tsv_m", "--purify", "pact", "--overwrite", "--quiet",
-                       "--device", arguments.device, *options]  # fmt: skip
-            runs = [run([str(part) for part in command]) for _ in range(arguments.repeats)]
-            results["modes"][mode] = {
-                "seconds": [round(r["seconds"], 1) for r in runs],
-                "anonymous_mb_above_imports": round(
-                    max(r["anonymous_mb"] for r in runs) - bare["anonymous_mb"]
-                ),
-            }
-            print(mode, results["modes"][mode], flush=True)
+        size, files = base.stat().st_size, [str(path) for path in (base, *tasks)]
+        end = ["-o", str(folder / "out.safetensors"), "--overwrite", "--quiet", "--device", device]
+        merge = ["-m", "minipact", "merge", *files, *end]
+        jobs = {
+            "read the inputs, write one": ["-c", FLOOR, *files, str(folder / "copy")],
+            "task arithmetic": merge,
+            "PACT + TSV-M exact": [*merge, *PACT],
+            "PACT + TSV-M randomized": [*merge, *PACT, *SKETCH],
+        }
+        if device == "cpu":
+            several = ["-m", "torch.distributed.run", "--nproc-per-node", "2", *merge, *PACT]
+            jobs["PACT + TSV-M exact, two processes"] = [*several, "--threads", "1"]
+        for _ in range(repeats):
+            for job, arguments in jobs.items():
+                runs.setdefault(job, []).append(run([sys.executable, *arguments]))
+                print(f"  {job}: {runs[job][-1]}", flush=True)
+    rows: dict[str, dict[str, Any]] = {
+        job: {
+            "seconds": [round(r["seconds"], 2) for r in found],
+            "median": round(statistics.median(r["seconds"] for r in found), 2),
+            "anonymous_mb_above_imports": max(
+                0, round(max(r["anonymous_mb"] for r in found) - bare["anonymous_mb"])
+            ),
+        }
+        for job, found in runs.items()
+    }
+    floor = rows["read the inputs, write one"]["median"]
+    for row in rows.values():
+        row["over_floor"] = round(row["median"] / floor, 1)
+    return {"bytes_of_one_model": size, "tasks": 3, "device": device, "jobs": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--machine", default=f"{platform.machine()}_{os.cpu_count()}cores")
+    arguments = parser.parse_args()
+    results = {"machine": arguments.machine, "torch": torch.__version__.split("+")[0]}
+    results |= measure(arguments.repeats, arguments.device)
     out = Path(__file__).parent / "results"
     out.mkdir(exist_ok=True)
     (out / f"vit_b32_{arguments.machine}.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -436,6 +436,7 @@ def _merge_share(
                 signal += float(delta.norm()) ** 2 * checked.scale**2
             for name in names[step.name]:
                 output.write(name, merged)
+            del base, delta, merged  # not beside the next ones
     return noise, signal
 
 

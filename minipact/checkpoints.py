@@ -267,6 +267,11 @@ def _open_pickle(path: Path) -> Checkpoint:
             "  safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
         ) from error
     except Exception as error:  # torch.load raises many kinds on damaged files
+        if "TorchScript" in str(error):
+            raise CheckpointError(
+                f"{path} is a TorchScript program, as OpenAI's CLIP files are, and is not opened. If you "
+                f"trust it, save torch.jit.load({path.name!r}).state_dict() as safetensors elsewhere"
+            ) from error
         raise CheckpointError(f"{path} is no whole state dict ({error}): fetch it again") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]

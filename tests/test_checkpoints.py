@@ -235,6 +235,13 @@ def test_modules_in_the_old_format_come_with_a_recipe(tmp_path: Path):
         open_checkpoint(tmp_path / "encoder.pt")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_comes_with_a_recipe(tmp_path: Path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-B-32.pt")
+    with pytest.raises(CheckpointError, match=r"TorchScript program.*torch\.jit\.load"):
+        open_checkpoint(tmp_path / "ViT-B-32.pt")
+
+
 class Evil:
     def __init__(self, function, *arguments):
         self.reduced = function, arguments
