@@ -280,6 +280,11 @@ def peers(rounds: int) -> dict[str, Any]:
 
         return job
 
+    def dropped(v: Tensor) -> Tensor:
+        kept = v.clone()
+        param_random_drop_(kept, 0.9, True)
+        return kept
+
     svd_of = TSVM_utils.compute_and_sum_svd_mem_reduction
     pairs: dict[str, dict[str, Callable[[], Any]]] = {
         "ties": {
@@ -297,7 +302,7 @@ def peers(rounds: int) -> dict[str, Any]:
             "minipact": ours("iso_c"),
         },
         "dare": {
-            "fusion-bench": lambda: sum(param_random_drop_(v.clone(), 0.9, True) for v in flat),
+            "fusion-bench": lambda: sum(dropped(v) for v in flat),
             "minipact": ours("task_arithmetic", purify="dare"),
         },
     }

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from minipact.adapters import Adapter
     from minipact.checkpoints import Checkpoint, Output
-    from minipact.merging import Plan, Step
+    from minipact.merging import MergeError, Plan, Step
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 MEMORY = 4_000_000_000  # bytes that tensors in work may take together, unless --threads says more
@@ -164,7 +164,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
     from minipact import distributed
     from minipact.checkpoints import check_output, open_checkpoint, parse_size
-    from minipact.merging import plan
+    from minipact.merging import MergeError, plan
 
     started = time.perf_counter()
     if arguments.threads is not None and arguments.threads < 1:
@@ -190,7 +190,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     with distributed.processes(recipe["device"]):
         try:
             summary |= _write(arguments, base, tasks, checked, summary, aliases)
-        except ValueError as error:
+        except MergeError as error:
             raise _with_files(error, base, tasks) from error
     summary |= {
         "seconds": round(time.perf_counter() - started, 2),
@@ -230,8 +230,8 @@ def _common_aliases(base: Checkpoint, tasks: Mapping[str, Checkpoint | Adapter])
 
 
 def _with_files(
-    error: ValueError, base: Checkpoint, tasks: Mapping[str, Checkpoint | Adapter]
-) -> ValueError:
+    error: MergeError, base: Checkpoint, tasks: Mapping[str, Checkpoint | Adapter]
+) -> MergeError:
     """The same error, with the paths of the models that it names."""
     models = {"the base": base, **{f"task '{name}'": task for name, task in tasks.items()}}
     paths = [f"{m} is {x.path}" for m, x in models.items() if f"{m} " in str(error)]

@@ -254,10 +254,11 @@ def dare(
     if not 0 <= p < 1:
         raise MergeError(f"dare: p={p} must satisfy 0 <= p < 1")
     per_task = generator if isinstance(generator, Sequence) else [generator] * len(D)
-    sources = [g.device if g else "cpu" for g in per_task]
-    draws = [torch.rand(D.shape[1:], generator=g, device=d) for g, d in zip(per_task, sources)]  # noqa: B905
-    kept = D * (torch.stack(draws) >= p).to(D)
-    return kept / (1 - p) if rescale else kept
+    kept = torch.empty_like(D)
+    for d, out, g in zip(D, kept, per_task, strict=True):
+        draws = torch.rand(d.shape, generator=g, device=g.device if g else "cpu")
+        torch.mul(d, (draws >= p).to(d.device), out=out)
+    return kept.div_(1 - p) if rescale else kept
 
 
 def _core(W0: Tensor, core: Rank, svd: str, generator: Generator) -> Tensor:
