@@ -22,6 +22,7 @@ import argparse
 import io
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -331,7 +332,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--method", help="show this method only: tsv_m, iso_c, ...")
     add("--device", default="auto")
     add("--batch", type=int, default=256)
-    add("--workers", type=int, default=4, help="processes that read images")
+    add(
+        "--workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that read images",
+    )
     add("--json", type=Path, help="write everything to this file too")
     options = parser.parse_args(argv)
     options.finetuned = dict(options.finetuned)

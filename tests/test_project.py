@@ -1,10 +1,12 @@
 """The project's files agree with each other."""
 
 import ast
+import csv
 import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import yaml
@@ -101,3 +103,18 @@ def test_module_imports_torch_only():
         elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or "").split(".")[0])
     assert imported - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_readme_table_agrees_with_the_leaderboard():
+    rows = list(csv.DictReader((ROOT / "data" / "leaderboard.csv").read_text().splitlines()))
+    text = (ROOT / "README.md").read_text()
+    names = {"task arithmetic": "task_arithmetic", "TIES": "ties", "TSV-M": "tsv_m"}
+    names |= {"Iso-C": "iso_c", "Iso-CTS": "iso_cts"}
+    columns = [("", "{}"), ("sift", "{}"), ("pact", "{}"), ("pact", '{"pact": {"task": 1}}')]
+    for label, rule in names.items():
+        cells = re.search(rf"^\| {label} \| (.*) \|$", text, re.M)[1].split(" | ")
+        for cell, (purify, options) in zip(cells, columns, strict=True):
+            key = {"purify": purify, "options": options, "rule": rule}
+            found = [100 * float(r["test"]) for r in rows if key.items() <= r.items()]
+            mean, deviation = (f(found) if len(found) == 3 else None for f in (fmean, stdev))
+            assert cell == ("not run" if mean is None else f"{mean:.1f} ± {deviation:.1f}"), label
