@@ -46,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.command = list(sys.argv[1:] if argv is None else argv)
     handler = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a reader that has gone, or a full disk, shows here and not at exit
+        return code
     except ValueError as error:
         from minipact.checkpoints import CheckpointError
         from minipact.merging import MergeError
@@ -54,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, UsageError | CheckpointError | MergeError):
             raise
         return _fail(str(error), USER_ERROR)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
     except OSError as error:
         return _fail(f"{error}; {_left(arguments)}", FAILURE)
     except RuntimeError as error:
@@ -85,8 +91,10 @@ def _joined() -> bool:
 
 
 def _left(arguments: argparse.Namespace) -> str:
-    """What an interrupted run leaves behind."""
+    """What a run that ended early leaves behind."""
     output = getattr(arguments, "output", None)
+    if getattr(arguments, "written", False):
+        return f"{output} is written and whole"
     if output is not None and output.with_name(f"{output.name}.partial").exists():
         kept = f"{output}.partial keeps what is done, --resume goes on from there"
         return f"no output was written; {kept}"
@@ -192,6 +200,7 @@ def _merge(arguments: argparse.Namespace) -> int:
             summary |= _write(arguments, base, tasks, checked, summary, aliases)
         except MergeError as error:
             raise _with_files(error, base, tasks) from error
+    arguments.written = True
     summary |= {
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_mb": _peak_memory_mb(),
@@ -239,22 +248,35 @@ def _with_files(
 
 
 def _named(texts: Iterable[str]) -> dict[str, Path]:
-    """Tasks by name: NAME=PATH, else the file's or folder's own name."""
+    """Tasks by name: NAME=PATH, else the folder's own name, or the file's without its ending."""
+    from minipact.checkpoints import PICKLES
+
     named: dict[str, Path] = {}
     for text in texts:
         name, equals, path = text.partition("=")
         if not equals or Path(text).exists():
-            path, name = text, Path(text).resolve().name.removesuffix(Path(text).suffix)
-        if not name or name in named:
+            # A link gives its own name, not its target's.
+            path, whole = text, Path(os.path.abspath(text))
+            name = whole.stem if whole.suffix in (".safetensors", *PICKLES) else whole.name
+        if not name:
+            raise UsageError(f"'{text}' gives a task no name: write NAME=PATH")
+        if name in named:
             raise UsageError(f"two tasks are called '{name}': write NAME=PATH to tell them apart")
-        named[name] = Path(path)
+        named[name] = Path(os.path.expanduser(path))  # some shells leave the ~ of NAME=~/PATH
     return named
 
 
 def _refuse_output_among_inputs(arguments: argparse.Namespace) -> None:
-    paths = [arguments.base, *_named(arguments.tasks).values()]
-    if arguments.output.resolve() in [path.resolve() for path in paths]:
-        raise UsageError(f"{arguments.output} is an input too: choose another output")
+    """An output that is replaced must neither be an input nor hold one."""
+    output = arguments.output.resolve()
+    for path in (arguments.base, *_named(arguments.tasks).values()):
+        link = path.absolute().parent.resolve() / path.name
+        for place in (link, path.resolve()):
+            if output == place or output in place.parents:
+                what = "is" if output == place else "holds"
+                raise UsageError(
+                    f"{arguments.output} {what} the input {path}: choose another output"
+                )
 
 
 def _recipe(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]:
@@ -284,7 +306,7 @@ def _weights(text: str | None, names: list[str]) -> dict[str, float] | None:
 
 
 def _options(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """{"pact": {"core": 38}} from pact.core=38; values are read as JSON where they can be."""
+    """{"pact": {"core": 38}} from pact.core=38; values are true, false, none, numbers, else text."""
     options: dict[str, dict[str, Any]] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -317,7 +339,7 @@ def _device(name: str) -> str:
     if name == "cuda" and torch.cuda.is_available() and distributed.size() > 1:
         return distributed.local_device()
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {name} cannot be used ({reason}): try auto or cpu") from error
@@ -421,7 +443,8 @@ def _merge_share(
     mine = distributed.share({step.name: _cost(step) for step in steps})
     combine = distributed.add_up if distributed.size() > 1 else None
     noise = signal = 0.0
-    quiet = arguments.quiet or distributed.rank() > 0 or not sys.stderr.isatty()
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    quiet = arguments.quiet or distributed.rank() > 0 or not terminal
     with tqdm(total=len(mine), unit="tensor", desc="merging", disable=quiet) as bar:
         for step, base, delta in checked.deltas(
             names=mine, combine=combine, workers=_workers(arguments, checked)
@@ -588,12 +611,8 @@ def _card(
         {key: summary[key] for key in ("rule", "purify", "options", "scale", "seed", "dtype")},
         indent=2,
     )
-    passing = (
-        "--resume",
-        "--overwrite",
-        "--quiet",
-        "--json",
-    )  # of one run, without effect on bytes
+    # options of one run, without effect on the bytes
+    passing = ("--resume", "--overwrite", "--quiet", "--json")
     words = [word for word in arguments.command if word not in passing]
     versions = summary["versions"]
     return f"""---

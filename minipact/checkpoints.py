@@ -194,8 +194,10 @@ def _open_files(path: Path, files: list[Path], layout: str) -> Checkpoint:
         try:
             handle: Any = safe_open(file, framework="pt")
             metadata.update(handle.metadata() or {})
-            entries = {name: _meta(handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118
+            entries = {name: _meta(name, handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118
             places |= _places(file)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: {error}") from error
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{file} is no whole safetensors file ({error}): copy or download it again"
@@ -206,7 +208,9 @@ def _open_files(path: Path, files: list[Path], layout: str) -> Checkpoint:
         metas |= entries
         readers |= {name: _reader(handle, file, name) for name in entries}
     # safetensors' own convention for shared tensors, see its save_model: metadata alias -> name
-    aliases = {a: name for a, name in metadata.items() if name in readers and a not in readers}
+    # ("format" is a word of its own there, whatever the tensors are called)
+    second = {a: name for a, name in metadata.items() if a != "format" and a not in readers}
+    aliases = {a: name for a, name in second.items() if name in readers}
     readers |= {alias: readers[name] for alias, name in aliases.items()}
     metas |= {alias: metas[name] for alias, name in aliases.items()}
     return Checkpoint(path, files, layout, readers, metas, metadata, aliases, places)
@@ -238,9 +242,11 @@ _DTYPES = {
 }
 
 
-def _meta(view: Any) -> Tensor:
+def _meta(name: str, view: Any) -> Tensor:
     if view.get_dtype() not in _DTYPES:
-        raise ValueError(f"it holds the unsupported type {view.get_dtype()}")
+        raise CheckpointError(
+            f"tensor '{name}' is of the unsupported type {view.get_dtype()}: convert it first"
+        )
     return torch.empty(view.get_shape(), dtype=_DTYPES[view.get_dtype()], device="meta")
 
 
@@ -394,6 +400,8 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
         CheckpointError: it exists and overwrite is off, is a folder of something else, or lies in no folder.
     """
     path = Path(path)
+    if path.name in ("", ".."):
+        raise CheckpointError(f"{path} names no new file or folder: give the output a name")
     if path.suffix in PICKLES:
         raise CheckpointError(
             f"{path}: pickles are not written; end it in .safetensors or in no suffix"
@@ -411,6 +419,11 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
     if path.is_dir() and any(path.iterdir()) and not any(path.glob("*.safetensors")):
         raise CheckpointError(
             f"{path} is a folder without weights and is not overwritten: choose another"
+        )
+    if path.is_dir() and os.path.lexists(_aside(path)):
+        raise CheckpointError(
+            f"{_aside(path)} is in the way, as an old output waits there while the new one takes its "
+            "place: move it away"
         )
 
 
@@ -680,6 +693,8 @@ def _header(
     starts, end = {}, 0
     for name in sorted(metas, key=lambda name: (-metas[name].itemsize, name)):
         x = metas[name]
+        if name in entries:
+            raise CheckpointError(f"a tensor called '{name}' cannot be written: rename it")
         if x.dtype not in _CODES:
             raise CheckpointError(
                 f"tensor '{name}' of {x.dtype} cannot be written: convert it first"
@@ -765,23 +780,28 @@ def _flush(*paths: Path) -> None:
 
 def _replace(partial: Path, path: Path) -> None:
     """Give the finished output its name; an old folder stays whole until the new one is in place."""
-    aside = path.with_name(path.name + ".old")
-    if path.is_dir():
-        _remove(aside)
+    aside = _aside(path)
+    moved = path.is_dir()
+    if moved:
         os.rename(path, aside)
     try:
         os.replace(partial, path)
     except BaseException:
-        if aside.exists():
+        if moved:
             os.rename(aside, path)
         raise
-    _remove(aside)
+    if moved:
+        _remove(aside)
     with contextlib.suppress(OSError):
         _flush(path.absolute().parent)
 
 
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".old")
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -56,8 +56,8 @@ class Method:
     """A purifier or a rule as `merge` sees it.
 
     `scope` "matrix" acts on 2-D weights (a rule then gives vectors the mean), "tensor" on all. `scale` is
-    a rule's recommended scale per value of `reduce` ("any" without), `needs` what `merge` supplies besides
-    D, `given` the options of this run, `patterns` globs of the tensor names it is limited to.
+    recommended, per value of `reduce` ("any" without), `needs` what `merge` supplies besides D, `given`
+    the options of this run, `patterns` globs of tensor names.
     """
 
     name: str
@@ -131,8 +131,8 @@ def _svd(x: Tensor, tol: float, rank: Rank | None = None) -> Triples:
         s, v = squares.flip(0).clamp(min=0).sqrt(), v.flip(1)
     k = int((s > tol * s[:1]).sum())
     k = k if rank is None else min(k, _count(rank, min(x.shape), s[:k]))
-    s, v = s[:k], v[:, :k]
-    return (u[:, :k] if tol < 1e-6 else x @ v / s), s, v
+    s, v = s[:k], v[:, :k].contiguous()  # a view would keep all n x n of it
+    return (u[:, :k].contiguous() if tol < 1e-6 else x @ v / s), s, v
 
 
 def _randomized_svd(
@@ -504,8 +504,7 @@ class Plan:
     ) -> Iterator[tuple[Step, Tensor, Tensor | None]]:
         """Per tensor of the base: its step, the base tensor, and the merged delta, None for a copy.
 
-        `workers` threads take a tensor each; results do not depend on their number. For one process of
-        several: `names` restricts the work, `combine` adds integers up over all processes (for TIES).
+        `workers` threads take a tensor each; one process of several takes `names`, `combine` adds counts.
         """
         steps = [step for step in self.steps if names is None or step.name in names]
         self._refuse_identical()
@@ -634,7 +633,8 @@ def plan(
     settings = dict(options or {})
     purifiers = tuple(_configured(p, "purifier", settings, base) for p in several)
     chosen = _configured(rule, "rule", settings, base)
-    _check_known("options for", settings, [m.name for m in (*purifiers, chosen)])
+    if idle := settings.keys() - {m.name for m in (*purifiers, chosen)}:
+        raise MergeError(f"options for {_listing(idle)}, which is not used: add rule or purifier")
     wanted, unwanted = _globs(include, base, "include"), _globs(exclude, base, "exclude")
     steps = []
     for name in base:
@@ -685,7 +685,7 @@ def merge(
 def merge_iter(
     base: State, tasks: Tasks, *, dtype: Dtype = None, progress: Progress = None, **recipe: Any
 ) -> Iterator[tuple[str, Tensor]]:
-    """`merge` as a generator of (name, tensor), one in memory at a time; arguments checked at the call."""
+    """`merge` as a generator of (name, tensor), one at a time; arguments are checked at the call."""
     return plan(base, tasks, **recipe).merged(dtype=dtype, progress=progress)
 
 
@@ -751,7 +751,8 @@ def _generator(seed: int, *names: str) -> torch.Generator:
 
 
 def _is_finite(x: Tensor) -> bool:
-    return not x.numel() or all(torch.isfinite(end) for end in x.aminmax())
+    x = x.float() if x.dtype.itemsize == 1 else x  # torch has no minimum of 8-bit floats
+    return not x.numel() or all(map(torch.isfinite, x.aminmax()))
 
 
 def _is_zero(x: Tensor) -> bool:
@@ -871,8 +872,8 @@ def _scale(
 ) -> tuple[float, tuple[str, ...]]:
     """The scale to use, and what the user should know about it."""
     if scale is not None:
-        if not math.isfinite(scale):
-            raise MergeError(f"scale={scale} must be a finite number")
+        if not abs(scale) <= torch.finfo(torch.float32).max:
+            raise MergeError(f"scale={scale} must be finite, within float32's range")
         return float(scale), ()
     if not rule.source:
         return 1.0, ("scale 1.0: your own rule has no recommended value",)

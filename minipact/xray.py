@@ -89,7 +89,7 @@ def xray(
         core, task, tol, svd: as in `pact`; counts beyond a matrix' min(m, n) are cut to it.
 
     Returns:
-        The report: dictionaries, lists and numbers only, see the module's docstring. Matrices are
+        Dictionaries, lists and numbers only, see the docstring of the module. Matrices are
         measured by subspace, vectors count in norms, cosines and signs. One weight is in memory at a time.
 
     Raises:

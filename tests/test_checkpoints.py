@@ -353,6 +353,17 @@ def test_odd_paths(tmp_path: Path):
         open_checkpoint(tmp_path / "x.onnx")
 
 
+def test_odd_tensors_are_named(tmp_path: Path):
+    save_file({"q": torch.ones(2).to(torch.uint32)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="tensor 'q' is of the unsupported type U32: convert"):
+        open_checkpoint(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="'__metadata__' cannot be written"):
+        save_checkpoint(tmp_path / "out", {"__metadata__": torch.ones(1)})
+    assert left(tmp_path) == ["x.safetensors"]
+    save_file({"pt": torch.ones(2)}, tmp_path / "y.safetensors", metadata={"format": "pt"})
+    assert list(open_checkpoint(tmp_path / "y.safetensors")) == ["pt"]
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     header=st.one_of(
@@ -468,6 +479,8 @@ def test_outputs_that_cannot_be(tmp_path: Path):
         (tmp_path / "x.pt", "pickles"),
         (tmp_path / "no" / "x.safetensors", "does not exist"),
         (tmp_path / "photos", "without weights"),
+        (Path(), "a name"),
+        (Path(".."), "a name"),
     ):
         with pytest.raises(CheckpointError, match=message):
             check_output(path, overwrite=True)
@@ -476,12 +489,32 @@ def test_outputs_that_cannot_be(tmp_path: Path):
         check_output(tmp_path / "d.safetensors", overwrite=True)
 
 
-def test_a_folder_of_someone_else_is_not_cleared_away(tmp_path: Path):
+def test_a_folder_of_someone_else_is_not_cleared_away(tmp_path: Path, state: dict[str, Tensor]):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.tex").touch()
     with pytest.raises(CheckpointError, match="move it away"):
         save_checkpoint(tmp_path / "out", {"w": torch.ones(1)})
     assert left(tmp_path / "out.partial") == ["thesis.tex"]
+    save_checkpoint(tmp_path / "model", state)
+    (tmp_path / "model.old").mkdir()
+    (tmp_path / "model.old" / "thesis.tex").touch()
+    with pytest.raises(CheckpointError, match=r"model\.old is in the way"):
+        save_checkpoint(tmp_path / "model", {"w": torch.ones(1)}, overwrite=True)
+    assert left(tmp_path / "model.old") == ["thesis.tex"]
+    assert same(open_checkpoint(tmp_path / "model"), state)
+
+
+@pytest.mark.parametrize("output", ["out", "out.safetensors"])
+def test_overwriting_a_link_leaves_its_target(
+    tmp_path: Path, state: dict[str, Tensor], output: str
+):
+    path, target = tmp_path / output, tmp_path / f"target-{output}"
+    save_checkpoint(target, state)
+    path.symlink_to(target)
+    save_checkpoint(path, {"w": torch.ones(1)}, overwrite=True)
+    assert list(open_checkpoint(path)) == ["w"]
+    assert same(open_checkpoint(target), state)
+    assert left(tmp_path) == [output, target.name]
 
 
 # ---- Tensor by tensor ----------------------------------------------------------------------------

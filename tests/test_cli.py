@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import minipact as mp
-from minipact.__main__ import main
+from minipact.__main__ import _named, main
 from minipact.checkpoints import sha256
 
 
@@ -168,6 +170,7 @@ def spoiled(files: Path, task: str, **changes) -> None:
         (None, ["--weights", "1,2"], "3 numbers"),
         (None, ["--weights", "1,x,2"], "numbers with commas"),
         (None, ["--device", "toaster"], "--device toaster"),
+        (None, ["--device", "meta"], "--device meta cannot be used"),
         (None, ["--threads", "0"], "--threads"),
         (None, ["--max-shard-size", "big"], "size"),
         (None, ["--include", "*.nothing"], "matches no tensor"),
@@ -194,12 +197,70 @@ def test_names_of_tasks_and_outputs(files: Path, capsys: pytest.CaptureFixture[s
     assert main(["merge", base, a, a, "-o", str(files / "o.safetensors")]) == 2
     assert "NAME=PATH" in capsys.readouterr().err
     assert main(["merge", base, a, "-o", a, "--overwrite"]) == 2
-    assert "is an input too" in capsys.readouterr().err
+    assert "is the input" in capsys.readouterr().err
+    assert main(["merge", base, f"={a}", "-o", str(files / "o.safetensors")]) == 2
+    assert "no name" in capsys.readouterr().err
     assert main(["merge", base, a, "-o", str(files / "b.safetensors")]) == 2
     assert "--overwrite" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["merge", base])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_overwriting_a_folder_does_not_take_the_inputs_along(
+    files: Path, tmp_path_factory, capsys: pytest.CaptureFixture[str], linked: bool
+):
+    if linked:  # as in the cache of a model hub
+        blob = tmp_path_factory.mktemp("blobs") / "0123"
+        (files / "a.safetensors").rename(blob)
+        (files / "a.safetensors").symlink_to(blob)
+    before = sorted(files.iterdir())
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "base.safetensors"
+    save_file(model(0), elsewhere)
+    arguments = ["merge", str(elsewhere), str(files / "a.safetensors"), "--overwrite"]
+    assert main([*arguments, "-o", str(files)]) == 2
+    assert "holds the input" in capsys.readouterr().err
+    assert sorted(files.iterdir()) == before
+
+
+def test_tasks_take_the_names_that_one_sees(files: Path, monkeypatch: pytest.MonkeyPatch):
+    for task, folder in (("a", "tiny-2.5-math"), ("b", "tiny-2.5-code")):
+        (files / folder).mkdir()
+        (files / f"{task}.safetensors").rename(files / folder / "model.safetensors")
+    (files / "signs.safetensors").symlink_to(files / "c.safetensors")
+    monkeypatch.setenv("HOME", str(files))
+    texts = [
+        str(files / "tiny-2.5-math"),
+        f"{files / 'tiny-2.5-code'}/",
+        str(files / "signs.safetensors"),
+    ]
+    named = _named([*texts, "cars=~/c.safetensors"])
+    assert list(named) == ["tiny-2.5-math", "tiny-2.5-code", "signs", "cars"]
+    assert named["cars"] == files / "c.safetensors"
+    assert main(["merge", str(files / "base.safetensors"), *texts, "-o", str(files / "out")]) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_summary_that_cannot_be_told_does_not_deny_the_output(files: Path):
+    inputs = [str(files / "base.safetensors"), str(files / "a.safetensors")]
+    command = [sys.executable, "-m", "minipact", "merge", *inputs, "-o"]
+    with open("/dev/full", "w") as full:
+        told = subprocess.run([*command, str(files / "o.safetensors")], stdout=full,
+                              stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert told.returncode == 1
+    assert "o.safetensors is written and whole" in told.stderr
+    assert "Exception" not in told.stderr
+    a = {"a": load_file(files / "a.safetensors")}
+    assert same(
+        load_file(files / "o.safetensors"), mp.merge(load_file(files / "base.safetensors"), a)
+    )
+
+
+def test_a_reader_that_leaves_early_is_no_error_message():
+    command = f"{sys.executable} -m minipact methods | true; exit ${{PIPESTATUS[0]}}"
+    told = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert (told.returncode in (0, 1), told.stderr) == (True, "")
 
 
 # ---- Layouts of real checkpoints -----------------------------------------------------------------

@@ -648,7 +648,8 @@ def test_all_problems_are_told_at_once():
     [
         ({"rule": "pact"}, "rule 'pact' is unknown"),
         ({"purify": "ties"}, "purifier 'ties' is unknown"),
-        ({"options": {"ties": {}}}, "options for 'ties' is unknown"),
+        ({"options": {"ties": {}}}, "options for 'ties', which is not used"),
+        ({"scale": 1e39}, "float32's range"),
         ({"options": {"task_arithmetic": {"lambda": 1}}}, "option 'lambda'"),
         ({"options": {"task_arithmetic": {"reduce": "max"}}, "scale": 1}, "reduce 'max'"),
         ({"rule": "ties", "options": {"ties": {"reduce": "max"}}}, "no recommended scale"),
@@ -707,6 +708,17 @@ def test_zero_base_under_pact_names_the_tensor_and_the_way_out():
 def test_bad_tensors(call, message: str):
     with pytest.raises(mp.MergeError, match=message):
         call(*problem())
+
+
+def test_8_bit_floats_merge():
+    base = {"w": torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)}
+    tuned = {"w": torch.tensor([1.5, 2.0]).to(torch.float8_e4m3fn)}
+    merged = mp.merge(base, [tuned], scale=1.0)["w"]
+    assert merged.dtype == torch.float8_e4m3fn
+    assert merged.float().tolist() == [1.5, 2.0]
+    tuned["w"] = torch.tensor([math.nan, 2.0]).to(torch.float8_e4m3fn)
+    with pytest.raises(mp.MergeError, match="holds NaN"):
+        mp.merge(base, [tuned])
 
 
 def test_overflow_of_the_output_is_told():
