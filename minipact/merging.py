@@ -596,11 +596,11 @@ class Plan:
 
 
 def _in_order(work: Callable[[Step], Any], steps: Iterable[Step], workers: int) -> Iterator[Any]:
-    """map(work, steps) on several threads, at most `workers` steps at a time."""
-    with ThreadPoolExecutor(workers) as pool:
+    """map(work, steps) on `workers` threads, a core each; a few results wait for their turn."""
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         running: deque[Future[Any]] = deque()
         for step in steps:
-            if len(running) == workers:
+            if len(running) == 4 * workers:  # or small tensors would leave threads idle
                 yield running.popleft().result()
             running.append(pool.submit(work, step))
         yield from (future.result() for future in running)

@@ -207,7 +207,7 @@ def started(arguments: list[str], partial: Path) -> subprocess.Popen[str]:
 def test_an_interrupted_run_looks_unfinished_and_resumes_to_the_same_bytes(
     tmp_path: Path, name: str, output: str, capsys: pytest.CaptureFixture[str]
 ):
-    models = write_models(tmp_path, tensors=40, width=200)
+    models = write_models(tmp_path, tensors=40, width=400)  # slow enough to be caught
     out, partial = tmp_path / output, tmp_path / f"{output}.partial"
     arguments = [*models, "-o", str(out), *SPECTRAL, "--max-shard-size", "1MB"]
     process = started(arguments, partial)
@@ -233,7 +233,7 @@ def test_an_interrupted_run_looks_unfinished_and_resumes_to_the_same_bytes(
 
 
 def test_resuming_refuses_changed_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    models = write_models(tmp_path, tensors=40, width=200)
+    models = write_models(tmp_path, tensors=40, width=400)  # slow enough to be caught
     arguments = [*models, "-o", str(tmp_path / "out"), *SPECTRAL]
     process = started(arguments, tmp_path / "out.partial")
     process.kill()
@@ -247,7 +247,7 @@ def test_resuming_refuses_changed_inputs(tmp_path: Path, capsys: pytest.CaptureF
 def test_resuming_a_rule_with_a_threshold_over_the_whole_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    models = write_models(tmp_path, tensors=80, width=200)
+    models = write_models(tmp_path, tensors=80, width=300)
     arguments = [*models, "-o", str(tmp_path / "out"), "--rule", "ties", "--purify", "sift",
                  "--threads", "1"]  # fmt: skip
     process = started(arguments, tmp_path / "out.partial")
@@ -261,7 +261,7 @@ def test_resuming_a_rule_with_a_threshold_over_the_whole_model(
 
 
 def test_two_runs_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    models = write_models(tmp_path, tensors=40, width=200)
+    models = write_models(tmp_path, tensors=40, width=400)  # slow enough to be caught
     arguments = [*models, "-o", str(tmp_path / "out"), *SPECTRAL]
     process = started(arguments, tmp_path / "out.partial")
     for more in ([], ["--resume"], ["--overwrite"]):
