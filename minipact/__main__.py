@@ -437,29 +437,50 @@ def _merge_share(
     names = {step.name: [step.name] for step in checked.steps}
     for alias, name in aliases.items():
         names[name].append(alias)
-    left = [s for s in checked.steps if not output.done.issuperset(names[s.name])]
+    left = {s.name: s for s in checked.steps if not output.done.issuperset(names[s.name])}
     # A statistic of the whole model needs all tensors again, also those that are written already.
-    steps = checked.steps if "thresholds" in checked.rule.needs else left
+    steps = checked.steps if "thresholds" in checked.rule.needs else left.values()
     mine = distributed.share({step.name: _cost(step) for step in steps})
     combine = distributed.add_up if distributed.size() > 1 else None
+
+    def finish(
+        step: Step, base: Tensor, delta: Tensor | None
+    ) -> tuple[str, Tensor | None, tuple[float, float]]:
+        if step.name not in left:
+            return step.name, None, (0.0, 0.0)
+        merged = _add(step.name, base, delta, checked.scale, dtype)
+        return step.name, merged.cpu(), _rounding(base, delta, merged, checked.scale)
+
     noise = signal = 0.0
     terminal = sys.stderr is not None and sys.stderr.isatty()
     quiet = arguments.quiet or distributed.rank() > 0 or not terminal
+    workers = _workers(arguments, checked)
     with tqdm(total=len(mine), unit="tensor", desc="merging", disable=quiet) as bar:
-        for step, base, delta in checked.deltas(
-            names=mine, combine=combine, workers=_workers(arguments, checked)
+        for name, merged, norms in checked.deltas(
+            finish, names=mine, combine=combine, workers=workers
         ):
+            noise, signal = noise + norms[0], signal + norms[1]
+            for place in names[name] if merged is not None else ():
+                output.write(place, merged)
             bar.update()
-            if step not in left:
-                continue
-            merged = _add(step.name, base, delta, checked.scale, dtype)
-            if delta is not None and merged.is_floating_point() and merged.itemsize < 4:
-                error = torch.add(base.to(delta), delta, alpha=checked.scale).sub_(merged)
-                noise += float(error.norm()) ** 2
-                signal += float(delta.norm()) ** 2 * checked.scale**2
-            for name in names[step.name]:
-                output.write(name, merged)
-            del base, delta, merged  # not beside the next ones
+            del merged  # not beside the next one
+    return noise, signal
+
+
+def _rounding(
+    base: Tensor, delta: Tensor | None, merged: Tensor, scale: float
+) -> tuple[float, float]:
+    """Squared norms of what rounding to a half type adds, and of scale * delta."""
+    import torch
+
+    from minipact.merging import _pieces
+
+    if delta is None or not merged.is_floating_point() or merged.itemsize >= 4:
+        return 0.0, 0.0
+    noise = signal = 0.0
+    for x, d, y in zip(*(_pieces(z, delta.device) for z in (base, delta, merged)), strict=True):
+        noise += float(torch.add(x.to(d), d, alpha=scale).sub_(y.to(d)).norm()) ** 2
+        signal += float(d.norm()) ** 2 * scale**2
     return noise, signal
 
 

@@ -18,11 +18,10 @@ import math
 import re
 import zlib
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -39,8 +38,8 @@ Generator = torch.Generator | None
 Generators = Generator | Sequence[Generator]
 Triples = tuple[Tensor, Tensor, Tensor]
 Dtype = torch.dtype | None
-Names = Collection[str] | None
-Stream = Callable[[], Iterable[Tensor]]
+Options = Mapping[str, Mapping[str, Any]]
+Factors = Sequence[float] | Mapping[str, float] | None
 Progress = Callable[[int, int, str], None] | None
 
 
@@ -80,11 +79,6 @@ class Method:
             options["scope"] = None if self.kind == "purifier" else "global"
         return options
 
-    def covers(self, name: str, kind: str) -> bool:
-        """Whether the method acts on a tensor of this name and kind."""
-        fits = self.scope == "tensor" or kind.startswith("matrix")
-        return fits and _matches(name, self.patterns)
-
 
 METHODS: dict[str, Method] = {}
 _F = TypeVar("_F", bound=Function)
@@ -117,22 +111,30 @@ def _svd(x: Tensor, tol: float, rank: Rank | None = None) -> Triples:
     With a rank, only the leading triples. From tol 1e-6 on it goes by the eigenvectors of the smaller
     Gram matrix, faster than an SVD; it squares the singular values, so it cannot serve smaller ones.
     """
-    if not _is_finite(x):
-        raise MergeError("a matrix holds NaN or infinity: check the checkpoints it comes from")
     if x.shape[0] < x.shape[1]:
         v, s, u = _svd(x.mT, tol, rank)
         return u, s, v
+    if not _is_finite(x):
+        raise MergeError("a matrix holds NaN or infinity: check the checkpoints it comes from")
     x = x.double()
     if tol < 1e-6:
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
         v = vh.mT
     else:
-        squares, v = torch.linalg.eigh(x.mT @ x)
+        squares, v = torch.linalg.eigh(_gram(x))
         s, v = squares.flip(0).clamp(min=0).sqrt(), v.flip(1)
     k = int((s > tol * s[:1]).sum())
     k = k if rank is None else min(k, _count(rank, min(x.shape), s[:k]))
     s, v = s[:k], v[:, :k].contiguous()  # a view would keep all n x n of it
     return (u[:, :k].contiguous() if tol < 1e-6 else x @ v / s), s, v
+
+
+def _gram(x: Tensor, block: int = 256) -> Tensor:
+    """x^T x [n, n], of which eigh reads the lower triangle: only the blocks that touch it are filled."""
+    gram = x.new_zeros(x.shape[1], x.shape[1])
+    for i in range(0, x.shape[1], block):
+        gram[i:, i : i + block] = x[:, i:].mT @ x[:, i : i + block]
+    return gram
 
 
 def _randomized_svd(
@@ -346,9 +348,7 @@ def ties(
     return total if reduce == "sum" else total / (agreeing != 0).sum(0).clamp(min=1)
 
 
-def _thresholds(
-    stream: Stream, tasks: int, density: float, size: int, combine: Function | None = None
-) -> Tensor:
+def _thresholds(stream: Any, tasks: int, density: float, size: int, combine: Any = None) -> Tensor:
     """Per task the int(density * size)-th largest magnitude in a stream of D [T, ...], [T] in float32.
 
     Non-negative float32 numbers sort like their bit patterns. A first pass counts their upper 16 bits,
@@ -392,7 +392,8 @@ def tsv_m(
     triples = [_leading_svd(d, k, svd, generator) for d in D]
     u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True))
     tol = _rank_tolerance(D.dtype)
-    return ((_polar(u, tol) * s) @ _polar(v, tol).mT).to(D.dtype)
+    left, right = (_polar(x, tol).to(_lift(D)) for x in (u, v))
+    return (left * s.to(left) @ right.mT).to(D.dtype)
 
 
 @_method("rule", "matrix", "Marczak et al. 2025, arXiv 2502.04959", any=1.3)
@@ -494,74 +495,79 @@ class Plan:
         self, *, dtype: Dtype = None, progress: Progress = None, **part: Any
     ) -> Iterator[tuple[str, Tensor]]:
         """(name, merged tensor on the CPU) one by one; arguments as in `merge` and `deltas`."""
-        for done, (step, base, delta) in enumerate(self.deltas(**part), start=1):
-            yield step.name, _add(step.name, base, delta, self.scale, dtype).cpu()
+
+        def finish(step: Step, base: Tensor, delta: Tensor | None) -> tuple[str, Tensor]:
+            return step.name, _add(step.name, base, delta, self.scale, dtype).cpu()
+
+        for done, (name, tensor) in enumerate(self.deltas(finish, **part), start=1):
+            yield name, tensor
             if progress is not None:
-                progress(done, len(self.steps), step.name)
+                progress(done, len(self.steps), name)
 
     def deltas(
-        self, *, names: Names = None, combine: Function | None = None, workers: int = 1
-    ) -> Iterator[tuple[Step, Tensor, Tensor | None]]:
+        self, finish: Any = None, *, names: Any = None, combine: Any = None, workers: int = 1
+    ) -> Iterator[Any]:
         """Per tensor of the base: its step, the base tensor, and the merged delta, None for a copy.
 
-        `workers` threads take a tensor each; one process of several takes `names`, `combine` adds counts.
+        `workers` threads take a tensor each, and call `finish` on these three, if given: what it returns
+        comes instead. One process of several takes `names`, and `combine` adds up counts of all.
         """
         steps = [step for step in self.steps if names is None or step.name in names]
         self._refuse_identical()
         thresholds = self._thresholds(steps, combine)
-        work = partial(self._delta, thresholds=thresholds)
-        steps_ahead = self._read_ahead(steps)
-        yield from map(work, steps_ahead) if workers == 1 else _in_order(work, steps_ahead, workers)
 
-    def _delta(self, step: Step, thresholds: Tensor | None) -> tuple[Step, Tensor, Tensor | None]:
-        base = self.base[step.name]
+        def work(step: Step) -> Any:
+            found = step, self.base[step.name], self._delta(step, thresholds)
+            return finish(*found) if finish else found
+
+        ahead = self._read_ahead(steps)
+        yield from map(work, ahead) if workers == 1 else _in_order(work, ahead, workers)
+
+    def _delta(self, step: Step, thresholds: Tensor | None) -> Tensor | None:
         if step.rule == "copy":
-            return step, base, None
-        rule: Function = partial(self._call, self.rule, step, thresholds=thresholds)
-        rule = partial(torch.mean, dim=0) if step.rule == "mean" else rule
-        added_up = step.rule == "mean" or self.rule.function is task_arithmetic
-        by_entry = added_up or thresholds is not None
-        stacks = self._task_matrices(step, by_entry)
-        parts = [rule(D) if by_entry or not _is_zero(D) else D[0] for D in stacks]
-        delta = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return step, base, None if _is_zero(delta) else delta.reshape(step.shape)
+            return None
+        mean, delta, end = step.rule == "mean", torch.empty(0), 0
+        by_entry = mean or self.rule.function is task_arithmetic or thresholds is not None
+        for D in self._task_matrices(step, by_entry):
+            part = D.mean(0) if mean else self._call(self.rule, step, D, thresholds)
+            delta = delta if end else part.new_empty(math.prod(step.shape))
+            delta[end : end + part.numel()] = part.flatten()
+            end += part.numel()
+        return None if _is_zero(delta) else delta.view(step.shape)
 
     def _read_ahead(self, steps: Sequence[Step]) -> Iterator[Step]:
         """The steps; mappings with a method `prefetch(name)` hear of the next tensor one step ahead."""
-        fetchers = [x.prefetch for x in (self.base, *self.tasks.values()) if hasattr(x, "prefetch")]
         for step, ahead in zip(steps, [*steps[1:], *steps[-1:]], strict=True):
-            for prefetch in fetchers:
-                prefetch(ahead.name)
+            for state in (self.base, *self.tasks.values()):
+                if hasattr(state, "prefetch"):
+                    state.prefetch(ahead.name)
             yield step
 
     def _task_matrices(self, step: Step, by_entry: bool) -> Iterator[Tensor]:
         """D [T, m, n] of one tensor after all purifiers; where nothing but entries counts, in blocks."""
         source = step.name, self.base, self.tasks, self.weights, self.device
-        if by_entry and not step.purify:
-            yield from _delta_blocks(*source)
-            return
-        D = _task_deltas(*source)
-        for method in self.purifiers if not _is_zero(D) else ():
-            if method.name in step.purify:
-                D = self._call(method, step, D)
-        yield D
+        for D in _delta_blocks(*source, whole=not by_entry or bool(step.purify)):
+            for method in self.purifiers:
+                D = self._call(method, step, D) if method.name in step.purify else D
+            yield D
 
     @torch.no_grad()
     def _call(
         self, method: Method, step: Step, D: Tensor, thresholds: Tensor | None = None
     ) -> Tensor:
         """Run one purifier or rule on one tensor, with the arguments it needs."""
+        purifies = method.kind == "purifier"
+        if method.scope == "matrix" and _is_zero(D):
+            return D if purifies else D[0]
         options = {key: value for key, value in method.given.items() if key != "scope"}
-        for key in _RANK_OPTIONS:
-            if isinstance(options.get(key), int):
-                options[key] = min(options[key], *D.shape[1:])
+        counts = {k: v for k, v in options.items() if k in _RANK_OPTIONS and isinstance(v, int)}
+        options |= {key: min(count, *D.shape[1:]) for key, count in counts.items()}
         if "generator" in method.needs:
             options["generator"] = _generator(self.seed, step.name)
         if "generators" in method.needs:
             options["generator"] = [_generator(self.seed, task, step.name) for task in self.tasks]
         if "thresholds" in method.needs:
             options["thresholds"] = thresholds
-        purifies = method.kind == "purifier"
         turned = step.kind == "matrix_T" and purifies and method.scope == "matrix"
         inputs = [self.base[step.name].to(D), D] if "base" in method.needs else [D]
         inputs = [x.mT for x in inputs] if turned else inputs
@@ -574,18 +580,17 @@ class Plan:
             raise MergeError(f"tensor '{step.name}': {method.name} returned {shape}")
         return result.mT if turned else result
 
-    def _thresholds(self, steps: Sequence[Step], combine: Function | None) -> Tensor | None:
+    def _thresholds(self, steps: Sequence[Step], combine: Any) -> Tensor | None:
         """TIES' trimming magnitude per task over the whole model, which is purified for each pass."""
-        rule = self.rule
-        if "thresholds" not in rule.needs or rule.given["scope"] == "tensor":
+        if "thresholds" not in self.rule.needs or self.rule.given["scope"] == "tensor":
             return None
-        size = sum(math.prod(step.shape) for step in self.steps if step.rule == rule.name)
-        trimmed = [step for step in steps if step.rule == rule.name]
+        size = sum(math.prod(step.shape) for step in self.steps if step.rule == self.rule.name)
+        trimmed = [step for step in steps if step.rule == self.rule.name]
 
         def stream() -> Iterator[Tensor]:
             return (D for s in self._read_ahead(trimmed) for D in self._task_matrices(s, True))
 
-        return _thresholds(stream, len(self.tasks), rule.given["density"], size, combine)
+        return _thresholds(stream, len(self.tasks), self.rule.given["density"], size, combine)
 
     def _refuse_identical(self) -> None:
         merged = [step.name for step in self.steps if step.rule != "copy"]
@@ -613,8 +618,8 @@ def plan(
     rule: str | Function = "task_arithmetic",
     purify: str | Function | Sequence[str | Function] = (),
     scale: float | None = None,
-    weights: Sequence[float] | Mapping[str, float] | None = None,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
+    weights: Factors = None,
+    options: Options | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     policy: Callable[[str, Tensor], str] = default_policy,
@@ -714,32 +719,30 @@ def _pieces(x: Tensor, device: Device) -> Sequence[Tensor]:
 
 @torch.no_grad()
 def _delta_blocks(
-    name: str, base: State, tasks: States, weights: Weights = None, device: Device = "cpu"
+    name: str,
+    base: State,
+    tasks: States,
+    weights: Weights = None,
+    device: Device = "cpu",
+    whole: bool = True,
 ) -> Iterator[Tensor]:
-    """weight * (fine-tuned - base) of one tensor in blocks [T, b], subtracted in float32 at least."""
+    """weight * (fine-tuned - base) of one tensor in float32 at least, D [T, ...] or its blocks [T, b]."""
     states = {"the base": base, **{f"task '{label}'": task for label, task in tasks.items()}}
     tensors = {model: state[name] for model, state in states.items()}
     wide = any(x.dtype == torch.float64 for x in tensors.values())
     kind = torch.empty(0, dtype=torch.float64 if wide else torch.float32, device=device)
     factors = list((weights or dict.fromkeys(tasks, 1.0)).values())
-    for start, *tuned in zip(*(_pieces(x, device) for x in tensors.values()), strict=True):
-        origin, D = start.to(kind), kind.new_empty(len(tuned), len(start))
+    pieces = ([x] if whole else _pieces(x, device) for x in tensors.values())
+    for start, *tuned in zip(*pieces, strict=True):
+        origin, D = start.to(kind), kind.new_empty(len(tuned), *start.shape)
         for delta, x, factor in zip(D, tuned, factors, strict=True):
             torch.sub(x.to(kind), origin, out=delta)
             delta.mul_(factor) if factor != 1 else delta
         if not _is_finite(D):
             model = next((m for m, x in tensors.items() if not _is_finite(x)), "some task")
-            hint = "repair the checkpoint, or exclude the tensor"
-            raise MergeError(f"tensor '{name}' of {model} holds NaN or infinity: {hint}")
+            found = f"tensor '{name}' of {model} holds NaN or infinity"
+            raise MergeError(f"{found}: repair the checkpoint, or exclude the tensor")
         yield D
-
-
-def _task_deltas(
-    name: str, base: State, tasks: States, weights: Weights = None, device: Device = "cpu"
-) -> Tensor:
-    """D [T, ...] of one tensor, all of `_delta_blocks` together."""
-    blocks = list(_delta_blocks(name, base, tasks, weights, device))
-    return torch.cat(blocks, dim=1).view(len(tasks), *_meta(base, name).shape)
 
 
 def _generator(seed: int, *names: str) -> torch.Generator:
@@ -784,9 +787,7 @@ def _check_stack(D: Tensor, W0: Tensor | None = None) -> None:
     if D.ndim != 3 or len(D) == 0 or not D.is_floating_point():
         raise MergeError(f"D must be a floating-point [T, m, n], not {D.dtype} {tuple(D.shape)}")
     if W0 is not None and W0.shape != D.shape[1:]:
-        raise MergeError(
-            f"W0 {tuple(W0.shape)} does not fit D {tuple(D.shape)}, which is [T, m, n]"
-        )
+        raise MergeError(f"W0 {tuple(W0.shape)} does not fit D [T, m, n] = {tuple(D.shape)}")
 
 
 def _named_tasks(tasks: Sequence[State] | States) -> dict[str, State]:
@@ -810,10 +811,8 @@ def _mismatches(base: State, label: str, task: State) -> list[str]:
     for name in [name for name in base if name in task]:
         x, y = _meta(base, name), _meta(task, name)
         if (x.shape, x.is_floating_point()) != (y.shape, y.is_floating_point()):
-            problems.append(
-                f"task '{label}': '{name}' is {y.dtype} {tuple(y.shape)}, in the base {x.dtype} "
-                f"{tuple(x.shape)}: crop, resize or convert it before merging"
-            )
+            given = f"{y.dtype} {tuple(y.shape)}, in the base {x.dtype} {tuple(x.shape)}"
+            problems.append(f"task '{label}': '{name}' is {given}: crop, resize or convert it")
     return problems
 
 
@@ -829,9 +828,7 @@ def _globs(globs: str | Sequence[str] | None, names: Iterable[str], what: str) -
     return patterns
 
 
-def _configured(
-    method: str | Function, kind: str, options: Mapping[str, Mapping[str, Any]], base: State
-) -> Method:
+def _configured(method: str | Function, kind: str, options: Options, base: State) -> Method:
     """Registered method with its options checked by name, or the caller's own function."""
     if not isinstance(method, str):
         needs = ("base",) if kind == "purifier" else ()
@@ -851,8 +848,13 @@ def _step(name: str, x: Tensor, kind: str, purifiers: Iterable[Method], rule: Me
     _check_known(f"policy for '{name}'", [kind], ("matrix", "matrix_T", "vector", "copy"))
     if kind.startswith("matrix") and x.ndim != 2:
         raise MergeError(f"policy: '{name}' of shape {tuple(x.shape)} cannot be a {kind}")
-    purify = tuple(m.name for m in purifiers if kind != "copy" and m.covers(name, kind))
-    how = "copy" if kind == "copy" else rule.name if rule.covers(name, kind) else "mean"
+
+    def fits(method: Method) -> bool:
+        acts = method.scope == "tensor" or kind.startswith("matrix")
+        return acts and kind != "copy" and _matches(name, method.patterns)
+
+    purify = tuple(m.name for m in purifiers if fits(m))
+    how = "copy" if kind == "copy" else rule.name if fits(rule) else "mean"
     return Step(name, tuple(x.shape), x.dtype, kind, purify, how)
 
 
@@ -880,16 +882,13 @@ def _scale(
     reduce = rule.given.get("reduce", "any")
     if reduce not in rule.scale:
         raise MergeError(f"{rule.name} with reduce={reduce!r} has no recommended scale: give one")
+    behind = ", ".join(m.name for m in purifiers)
+    caution = f" alone; no value is published behind {behind}: try several on validation data"
     note = f"scale {rule.scale[reduce]}, recommended for {rule.name}"
-    if purifiers:
-        behind = ", ".join(m.name for m in purifiers)
-        note += f" alone; no value is published behind {behind}: try several on validation data"
-    return rule.scale[reduce], (note,)
+    return rule.scale[reduce], (note + caution if behind else note,)
 
 
-def _task_weights(
-    weights: Sequence[float] | Mapping[str, float] | None, tasks: Tasks, named: States
-) -> dict[str, float]:
+def _task_weights(weights: Factors, tasks: Tasks, named: States) -> dict[str, float]:
     if weights is None:
         return dict.fromkeys(named, 1.0)
     names = tasks if isinstance(tasks, Mapping) else named

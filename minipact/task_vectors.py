@@ -13,10 +13,10 @@ from minipact.merging import (
     State,
     Tasks,
     _add,
+    _delta_blocks,
     _listing,
     _meta,
     _mismatches,
-    _task_deltas,
     plan,
 )
 
@@ -82,7 +82,9 @@ def task_vector(base: State, tuned: State) -> TaskVector:
     if problems := _mismatches(base, "tuned", tuned):
         raise MergeError("\n".join(problems))
     names = [name for name in base if _meta(base, name).is_floating_point()]
-    return TaskVector({name: _task_deltas(name, base, {"tuned": tuned})[0] for name in names})
+    return TaskVector(
+        {name: next(_delta_blocks(name, base, {"tuned": tuned}))[0] for name in names}
+    )
 
 
 def merged_delta(base: State, tasks: Tasks, **recipe: Any) -> TaskVector:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -182,12 +183,14 @@ def test_limit_on_file_sizes_is_a_failure_without_output(tmp_path: Path):
 # ---- Interruption and resuming -------------------------------------------------------------------
 
 
-def started(arguments: list[str], partial: Path) -> subprocess.Popen[str]:
+def started(arguments: list[str], unfinished: Path) -> subprocess.Popen[str]:
     """A merge in a process of its own, some of whose tensors are finished."""
     command = [sys.executable, "-m", "minipact", "merge", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background has them ignore SIGINT, which a child would inherit.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     deadline = time.monotonic() + 60
-    journal = partial / JOURNAL
+    journal = unfinished / JOURNAL
     while time.monotonic() < deadline and process.poll() is None:
         if journal.exists() and journal.read_text().count("\n") > 3:
             return process
