@@ -1,7 +1,7 @@
 """Whole merges at real sizes: minipact, the papers' algorithms written plainly, and other packages.
 
     python benchmarks/full_scale.py                 all parts, some minutes on 2 cores
-    python benchmarks/full_scale.py --only disk     one part: blocks, stages, growth, peers, whole, disk
+    python benchmarks/full_scale.py --only disk     one part: blocks, stages, growth, peers, whole, disk, llm
 
 Everything is compared on the same files or tensors, in one run, taking turns; medians and ratios go to
 benchmarks/results/full_scale_<machine>.json. fusion-bench and mergekit take part where they are installed.
@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -21,7 +22,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vit_b32 import FLOOR, measure, run
 
 import minipact as mp
+from minipact.checkpoints import open_checkpoint, save_checkpoint
 
 BLOCK = {"in_proj": (2304, 768), "out_proj": (768, 768), "c_fc": (3072, 768), "c_proj": (768, 3072)}
 RANKS = {"core": 38, "task": 32}
@@ -42,11 +45,15 @@ State = dict[str, Tensor]
 # ---- The papers' algorithms, written plainly: full SVDs in float32 -------------------------------
 
 
-def plain_pact(W0: Tensor, D: Tensor, core: int, task: int) -> Tensor:
-    """PACT with full SVDs; shields orthonormalised by rank, as the equations mean them."""
-    v0 = torch.linalg.svd(W0, full_matrices=False).Vh[:core].mT
-    walls = []
-    for d in D:
+def plain_pact(W0: Tensor, D: Tensor, core: int, task: int, repeat: bool = False) -> Tensor:
+    """PACT with full SVDs; shields orthonormalised by rank, as the equations mean them.
+
+    `repeat` factorises W0 again for every task, as the released code does.
+    """
+    walls, v0 = [], W0
+    for t, d in enumerate(D):
+        if t == 0 or repeat:
+            v0 = torch.linalg.svd(W0, full_matrices=False).Vh[:core].mT
         v = torch.linalg.svd(d, full_matrices=False).Vh[:task].mT
         walls.append(plain_orth(v0 - v @ (v.mT @ v0)))
     filtered = []
@@ -98,12 +105,12 @@ def block_models(tasks: int, width: int = 768, layers: int = 1) -> tuple[State, 
     return base, tuned
 
 
-def plain_merge(base: State, tasks: list[State]) -> State:
+def plain_merge(base: State, tasks: list[State], repeat: bool = False) -> State:
     """PACT + TSV-M over a model, with the plain functions."""
     merged = {}
     for name, W0 in base.items():
         D = torch.stack([task[name] - W0 for task in tasks])
-        merged[name] = W0 + plain_tsv_m(plain_pact(W0, D, **RANKS))
+        merged[name] = W0 + plain_tsv_m(plain_pact(W0, D, **RANKS, repeat=repeat))
     return merged
 
 
@@ -112,7 +119,7 @@ def our_merge(base: State, tasks: list[State], svd: str, workers: int) -> State:
     options: dict[str, dict[str, Any]] = {"pact": {**RANKS, "svd": svd}, "tsv_m": {"svd": svd}}
     checked = mp.plan(base, tasks, rule="tsv_m", purify="pact", options=options, scale=1.0)
     torch.set_num_threads(1)
-    return dict(checked.merged(workers=workers))
+    return dict(checked.merged(mapper=mp.threads(workers)))
 
 
 # ---- Timing --------------------------------------------------------------------------------------
@@ -156,6 +163,7 @@ def blocks(rounds: int) -> dict[str, Any]:
     distance = max(float((exact[n] - plain[n]).norm() / change[n]) for n in base)
     jobs: dict[str, Callable[[], Any]] = {
         "plain, full SVDs": lambda: plain_merge(base, tasks),
+        "plain, W0 again for every task": lambda: plain_merge(base, tasks, repeat=True),
         "minipact exact": lambda: our_merge(base, tasks, "exact", workers),
         "minipact randomized": lambda: our_merge(base, tasks, "randomized", workers),
     }
@@ -276,7 +284,7 @@ def peers(rounds: int) -> dict[str, Any]:
     def ours(rule: str, **more: Any) -> Callable[[], Any]:
         def job() -> list[Any]:
             torch.set_num_threads(1)
-            return list(mp.plan(base, tasks, rule=rule, **more).deltas(workers=workers))
+            return list(mp.plan(base, tasks, rule=rule, **more).deltas(mapper=mp.threads(workers)))
 
         return job
 
@@ -341,6 +349,22 @@ def llama_folder(folder: Path, layers: int, change: int, width: int = 2048) -> N
     (folder / "config.json").write_text(json.dumps(config))
 
 
+READ = """
+import sys
+for name in sys.argv[1:]:
+    with open(name, "rb") as file:
+        while file.read(1 << 22):
+            pass
+"""
+
+UNHASHED = """
+import sys
+from minipact import checkpoints
+from minipact.__main__ import main
+checkpoints.sha256 = lambda *_: "0" * 64
+sys.exit(main())
+"""
+
 MERGEKIT = """merge_method: task_arithmetic
 base_model: {base}
 models:
@@ -361,21 +385,25 @@ def disk(rounds: int, layers: int = 6) -> dict[str, Any]:
             llama_folder(path, layers, change=i)
         inputs, out, copy = [str(path) for path in paths], str(folder / "out"), str(folder / "copy")
         weights = [f"{path}/model.safetensors" for path in inputs]
+        merge = ["merge", *inputs, "-o", out, "--scale", "0.3", "--overwrite", "--quiet"]
         jobs = {
             "read the inputs, write one": [sys.executable, "-c", FLOOR, *weights, copy],
-            "minipact": [sys.executable, "-m", "minipact", "merge", *inputs, "-o", out,
-                         "--rule", "task_arithmetic", "--scale", "0.3", "--overwrite", "--quiet"],
-        }  # fmt: skip
+            "import torch and minipact": [sys.executable, "-c", "import torch, minipact"],
+            "minipact without checksums": [sys.executable, "-c", UNHASHED, *merge],
+            "minipact": [sys.executable, "-m", "minipact", *merge],
+        }
         mergekit = Path(sys.executable).with_name("mergekit-yaml")
         if mergekit.exists():
             models = "\n".join(
                 f"  - model: {p}\n    parameters: {{weight: 0.3}}" for p in inputs[1:]
             )
             (folder / "m.yml").write_text(MERGEKIT.format(base=inputs[0], models=models))
-            jobs["mergekit"] = [str(mergekit), str(folder / "m.yml"), str(folder / "kit")]
+            plain = [str(folder / "m.yml"), str(folder / "kit"), "--no-copy-tokenizer"]
+            jobs["mergekit"] = [str(mergekit), *plain]
         for _ in range(rounds):
             for job, command in jobs.items():
                 shutil.rmtree(folder / "kit", ignore_errors=True)
+                os.sync()  # what earlier jobs left to be written is not this one's work
                 found.setdefault(job, []).append(run(command))
                 print(f"  {job}: {found[job][-1]}", flush=True)
         size = (paths[0] / "model.safetensors").stat().st_size
@@ -393,6 +421,78 @@ def disk(rounds: int, layers: int = 6) -> dict[str, Any]:
     return {"bytes_of_one_model": size, "tasks": 3, "jobs": rows}
 
 
+class Llama7B(Mapping[str, Tensor]):
+    """A model of Llama 2's 7-billion layout in bfloat16, made tensor by tensor; task 0 is the base.
+
+    Layers hold the same numbers, each moved on by a row, since making seven billion takes too long.
+    """
+
+    def __init__(self, layers: int, task: int, width: int = 4096, hidden: int = 11_008) -> None:
+        block = {f"self_attn.{p}_proj": (width, width) for p in "qkvo"}
+        block |= {f"mlp.{p}_proj": (hidden, width) for p in ("gate", "up")}
+        block |= {"mlp.down_proj": (width, hidden)}
+        norms = ("input_layernorm", "post_attention_layernorm")
+        ends = {"model.embed_tokens": (32_000, width), "lm_head": (32_000, width)}
+        self.shapes: dict[str, tuple[int, ...]] = {"model.norm.weight": (width,)}
+        self.shapes |= {f"{name}.weight": shape for name, shape in ends.items()}
+        for i in range(layers):
+            at = f"model.layers.{i}"
+            self.shapes |= {f"{at}.{name}.weight": shape for name, shape in block.items()}
+            self.shapes |= {f"{at}.{name}.weight": (width,) for name in norms}
+        self.drawn = {shape: self.draw(shape, task) for shape in set(self.shapes.values())}
+
+    def draw(self, shape: tuple[int, ...], task: int) -> Tensor:
+        seed = torch.Generator().manual_seed(sum(shape))
+        x = torch.randn(shape, generator=seed).mul_(0.02)
+        if task:
+            x += torch.randn(shape, generator=seed.manual_seed(task)).mul_(0.001)
+        return x.bfloat16()
+
+    def meta(self, name: str) -> Tensor:
+        return self.drawn[self.shapes[name]].to("meta")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.drawn[self.shapes[name]].roll(zlib.crc32(name.encode()) % 100, 0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def llm(_rounds: int) -> dict[str, Any]:
+    """Two fine-tuned models of a 7-billion layout merged from shards to shards, once, in bounded memory."""
+    here = Path.cwd()
+    layers = min(32, int((shutil.disk_usage(here).free - 8e9) / 4 / 405e6))  # bytes of a layer
+    sketch = ["--purify", "pact", "--set", "pact.svd=randomized"]
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=here) as name:
+        folder = Path(name)
+        paths = [folder / f"model{task}" for task in range(3)]
+        for task, path in enumerate(paths):
+            save_checkpoint(path, Llama7B(layers, task), max_shard_size="2GB")
+        inputs, out = [str(path) for path in paths], str(folder / "out")
+        merge = ["-m", "minipact", "merge", *inputs, "-o", out, "--scale", "0.3"]
+        merge += ["--overwrite", "--quiet"]
+        shards = [str(file) for path in paths for file in sorted(path.glob("*.safetensors"))]
+        numbers = sum(
+            math.prod(open_checkpoint(paths[0]).meta(n).shape) for n in Llama7B(layers, 0)
+        )
+        jobs = {
+            "read the inputs": ["-c", READ, *shards],
+            "task arithmetic": merge,
+            "PACT randomized + task arithmetic": [*merge, *sketch],
+        }
+        for job, arguments in jobs.items():
+            shutil.rmtree(out, ignore_errors=True)
+            found[job] = {k: round(x, 1) for k, x in run([sys.executable, *arguments]).items()}
+            print(f"  {job}: {found[job]}", flush=True)
+        size = sum(Path(shard).stat().st_size for shard in shards) // 3
+    return {"layers": layers, "parameters": numbers, "bytes_of_one_model": size, "tasks": 2,
+            "largest_tensor": [32_000, 4096], "jobs": found}  # fmt: skip
+
+
 def whole(rounds: int) -> dict[str, Any]:
     """A whole ViT-B/32 image tower from files to file."""
     return measure(rounds)
@@ -405,6 +505,7 @@ PARTS = {
     "peers": peers,
     "whole": whole,
     "disk": disk,
+    "llm": llm,
 }
 
 

@@ -43,6 +43,7 @@ from minipact.statistics import (
     permutation_test,
 )
 from minipact.task_vectors import TaskVector, merged_delta, task_vector
+from minipact.threads import threads
 from minipact.version import __version__
 
 __all__ = [
@@ -81,6 +82,7 @@ __all__ = [
     "singular_task_interference",
     "task_arithmetic",
     "task_vector",
+    "threads",
     "ties",
     "tsv_compress",
     "tsv_decompress",

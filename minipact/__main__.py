@@ -454,10 +454,9 @@ def _merge_share(
     noise = signal = 0.0
     terminal = sys.stderr is not None and sys.stderr.isatty()
     quiet = arguments.quiet or distributed.rank() > 0 or not terminal
-    workers = _workers(arguments, checked)
     with tqdm(total=len(mine), unit="tensor", desc="merging", disable=quiet) as bar:
         for name, merged, norms in checked.deltas(
-            finish, names=mine, combine=combine, workers=workers
+            finish, names=mine, combine=combine, mapper=_mapper(arguments, checked)
         ):
             noise, signal = noise + norms[0], signal + norms[1]
             for place in names[name] if merged is not None else ():
@@ -493,16 +492,16 @@ def _cost(step: Step) -> float:
     return size if flat.issuperset({*step.purify, step.rule}) else size * min(step.shape)
 
 
-def _workers(arguments: argparse.Namespace, checked: Plan) -> int:
-    """Tensors in work at once: as asked for, else one per core as far as memory goes."""
+def _mapper(arguments: argparse.Namespace, checked: Plan) -> Any:
+    """Tensors in work at once: as asked for, else one per core, as far as memory goes."""
     from minipact import distributed
+    from minipact.threads import threads
 
     if arguments.threads is not None or str(checked.device) != "cpu":
-        return arguments.threads or 1
-    largest = max((math.prod(step.shape) for step in checked.steps), default=0)
-    need = 4 * largest * (2 * len(checked.tasks) + 4)
+        return threads(arguments.threads or 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min((cores or 1) // distributed.size(), MEMORY // max(1, need)))
+    held = 4 * (2 * len(checked.tasks) + 4)  # bytes for every entry of a tensor in work
+    return threads(max(1, (cores or 1) // distributed.size()), MEMORY / held / distributed.size())
 
 
 def _announced(meta: Tensor, dtype: str) -> Tensor:

@@ -17,9 +17,7 @@ import inspect
 import math
 import re
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -505,12 +503,12 @@ class Plan:
                 progress(done, len(self.steps), name)
 
     def deltas(
-        self, finish: Any = None, *, names: Any = None, combine: Any = None, workers: int = 1
+        self, finish: Any = None, *, names: Any = None, combine: Any = None, mapper: Any = map
     ) -> Iterator[Any]:
         """Per tensor of the base: its step, the base tensor, and the merged delta, None for a copy.
 
-        `workers` threads take a tensor each, and call `finish` on these three, if given: what it returns
-        comes instead. One process of several takes `names`, and `combine` adds up counts of all.
+        With `finish`, what it returns for these three. `mapper` spreads the steps, as `minipact.threads`
+        does. One process of several takes `names`, and `combine` adds up counts of all.
         """
         steps = [step for step in self.steps if names is None or step.name in names]
         self._refuse_identical()
@@ -520,8 +518,7 @@ class Plan:
             found = step, self.base[step.name], self._delta(step, thresholds)
             return finish(*found) if finish else found
 
-        ahead = self._read_ahead(steps)
-        yield from map(work, ahead) if workers == 1 else _in_order(work, ahead, workers)
+        yield from mapper(work, self._read_ahead(steps))
 
     def _delta(self, step: Step, thresholds: Tensor | None) -> Tensor | None:
         if step.rule == "copy":
@@ -598,17 +595,6 @@ class Plan:
             if all(torch.equal(self.base[name], task[name]) for name in merged):
                 hint = "leave it out, or check that the right files were given"
                 raise MergeError(f"task '{label}' equals the base in every tensor to merge: {hint}")
-
-
-def _in_order(work: Callable[[Step], Any], steps: Iterable[Step], workers: int) -> Iterator[Any]:
-    """map(work, steps) on `workers` threads, a core each; a few results wait for their turn."""
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        running: deque[Future[Any]] = deque()
-        for step in steps:
-            if len(running) == 4 * workers:  # or small tensors would leave threads idle
-                yield running.popleft().result()
-            running.append(pool.submit(work, step))
-        yield from (future.result() for future in running)
 
 
 def plan(

@@ -5,6 +5,8 @@ import math
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -760,15 +762,33 @@ class Recorded(dict):
 @pytest.mark.parametrize("rule", RULES)
 def test_workers_do_not_change_a_bit(rule: str):
     checked = mp.plan(BASE, TASKS, rule=rule, purify=["pact", "dare"], scale=1.0)
-    one, three = dict(checked.merged()), dict(checked.merged(workers=3))
+    one, three = dict(checked.merged()), dict(checked.merged(mapper=mp.threads(3)))
     assert list(one) == list(three) == list(BASE)
     assert all(torch.equal(one[name], three[name]) for name in BASE)
+
+
+@pytest.mark.parametrize(("room", "together"), [(math.inf, 3), (32, 2), (20, 1), (1, 1)])
+def test_tensors_in_work_fit_into_the_room(room: float, together: int):
+    steps = [mp.Step(str(i), (4, 4), torch.float32, "matrix", (), "ties") for i in range(9)]
+    barrier, running, most = threading.Lock(), set(), []
+
+    def work(step: mp.Step) -> str:
+        with barrier:
+            running.add(step.name)
+            most.append(len(running))
+        time.sleep(0.02)
+        with barrier:
+            running.remove(step.name)
+        return step.name
+
+    assert list(mp.threads(3, room)(work, steps)) == [step.name for step in steps]
+    assert max(most) == together
 
 
 def test_an_error_in_a_worker_comes_out():
     spoilt = [task | {"visual.proj": torch.full((16, 12), math.nan)} for task in TASKS]
     with pytest.raises(mp.MergeError, match=r"'visual\.proj' of task '0' holds NaN"):
-        dict(mp.plan(BASE, spoilt).merged(workers=2))
+        dict(mp.plan(BASE, spoilt).merged(mapper=mp.threads(2)))
 
 
 def test_parts_of_a_plan_add_up_to_the_whole():

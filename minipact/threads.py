@@ -1,0 +1,43 @@
+"""Several tensors of a merge at once, on the threads of one process."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from minipact.merging import Step
+
+Mapper = Callable[[Callable[[Step], Any], Iterable[Step]], Iterator[Any]]
+
+
+def threads(workers: int, room: float = math.inf) -> Mapper:
+    """`map` for `Plan.deltas(mapper=...)` and `Plan.merged`, on several threads with one core each.
+
+    Small factorisations gain nothing from several cores, so every tensor has one; results come in order
+    and do not depend on the number of threads.
+
+    Args:
+        workers: number of threads.
+        room: entries that the tensors in work may have together; a larger one is worked on alone.
+    """
+
+    def mapper(work: Callable[[Step], Any], steps: Iterable[Step]) -> Iterator[Any]:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            running: deque[tuple[int, Future[Any]]] = deque()
+            for step in steps:
+                size = math.prod(step.shape)
+                full = (
+                    len(running) == 4 * workers
+                )  # with less, small tensors would leave threads idle
+                while running and (full or size + sum(n for n, _ in running) > room):
+                    yield running.popleft()[1].result()
+                    full = False
+                running.append((size, pool.submit(work, step)))
+            yield from (future.result() for _, future in running)
+
+    return mapper
