@@ -41,12 +41,19 @@ repro: venv  ## the notebooks' results again: 1 and 2 threads, and plain CPU ker
 zoo: venv  ## retrain the mini zoo of seed 0 from nothing (about 25 minutes on 2 cores)
 	$(BIN)/python data/train_zoo.py --seed 0 --out data/zoo --table data/seeds.csv
 
-bench: venv  ## speed and memory, as JSON in benchmarks/
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
-	$(BIN)/python benchmarks/vit_b32.py
+bench: .venv-bench/installed  ## speed and memory next to mergekit and fusion-bench, as JSON in benchmarks/results
+	PYTHONPATH=. .venv-bench/bin/python benchmarks/full_scale.py
+	PYTHONPATH=. .venv-bench/bin/python benchmarks/randomized.py
+
+.venv-bench/installed: .venv/installed benchmarks/peers.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  $$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers.txt
+	touch $@
 
 screenshots: venv  ## pages of the built book, desktop and phone, light and dark
 	$(BIN)/python tools/screenshots.py
 
 clean:  ## remove what the other targets made
-	rm -rf _build .venv screenshots minipact.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf _build .venv .venv-bench screenshots minipact.egg-info .mypy_cache .ruff_cache .hypothesis

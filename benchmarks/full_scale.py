@@ -349,6 +349,12 @@ def llama_folder(folder: Path, layers: int, change: int, width: int = 2048) -> N
     (folder / "config.json").write_text(json.dumps(config))
 
 
+FLUSH = """
+import os
+with open(output, "rb+") as copy:
+    os.fsync(copy.fileno())
+"""
+
 READ = """
 import sys
 for name in sys.argv[1:]:
@@ -388,6 +394,7 @@ def disk(rounds: int, layers: int = 6) -> dict[str, Any]:
         merge = ["merge", *inputs, "-o", out, "--scale", "0.3", "--overwrite", "--quiet"]
         jobs = {
             "read the inputs, write one": [sys.executable, "-c", FLOOR, *weights, copy],
+            "the same, flushed to the disk": [sys.executable, "-c", FLOOR + FLUSH, *weights, copy],
             "import torch and minipact": [sys.executable, "-c", "import torch, minipact"],
             "minipact without checksums": [sys.executable, "-c", UNHASHED, *merge],
             "minipact": [sys.executable, "-m", "minipact", *merge],

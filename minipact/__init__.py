@@ -32,6 +32,7 @@ from minipact.merging import (
     ties,
     tsv_m,
 )
+from minipact.parallel import threads
 from minipact.statistics import (
     LBWMasks,
     benjamini_hochberg,
@@ -43,7 +44,6 @@ from minipact.statistics import (
     permutation_test,
 )
 from minipact.task_vectors import TaskVector, merged_delta, task_vector
-from minipact.threads import threads
 from minipact.version import __version__
 
 __all__ = [

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from minipact.merging import MergeError, Plan, Step
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
-MEMORY = 4_000_000_000  # bytes that tensors in work may take together, unless --threads says more
 DTYPES = ("keep", "float32", "bfloat16", "float16", "float64")
 
 
@@ -78,9 +77,13 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 def _fail(message: str, code: int) -> int:
     """One message; of several processes, the others speak up only once they work on their own."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0 or _joined():
-        print(f"minipact: error: {f'process {rank}: ' if rank else ''}{message}", file=sys.stderr)
+    from minipact.distributed import rank
+
+    number = rank()
+    if number == 0 or _joined():
+        print(
+            f"minipact: error: {f'process {number}: ' if number else ''}{message}", file=sys.stderr
+        )
     return code
 
 
@@ -151,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--threads", type=int, metavar="N",
                        help="tensors in work at once on CPUs, one thread each; results do not depend on "
-                       "it (all cores, as far as 4 GB of memory go)")  # fmt: skip
+                       "it (all cores, as far as a quarter of the memory goes)")  # fmt: skip
     merge.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
     merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
     merge.add_argument("--resume", action="store_true", help="go on with an interrupted run")
@@ -495,13 +498,15 @@ def _cost(step: Step) -> float:
 def _mapper(arguments: argparse.Namespace, checked: Plan) -> Any:
     """Tensors in work at once: as asked for, else one per core, as far as memory goes."""
     from minipact import distributed
-    from minipact.threads import threads
+    from minipact.parallel import threads
 
     if arguments.threads is not None or str(checked.device) != "cpu":
         return threads(arguments.threads or 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    held = 4 * (2 * len(checked.tasks) + 4)  # bytes for every entry of a tensor in work
-    return threads(max(1, (cores or 1) // distributed.size()), MEMORY / held / distributed.size())
+    spectral = any(method.scope == "matrix" for method in (*checked.purifiers, checked.rule))
+    held = 4 * (2 * len(checked.tasks) + (16 if spectral else 4))  # bytes for an entry of a tensor
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4 / held
+    return threads(max(1, (cores or 1) // distributed.size()), room / distributed.size())
 
 
 def _announced(meta: Tensor, dtype: str) -> Tensor:

@@ -23,17 +23,22 @@ class PeerError(OSError):
 
 def rank() -> int:
     """Number of this process, 0 if it is alone."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def size() -> int:
     """Number of processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(variable: str, alone: int) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else alone
 
 
 def local_device() -> str:
     """The GPU of this process, spread over those of the machine."""
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return f"cuda:{_number('LOCAL_RANK', 0) % torch.cuda.device_count()}"
 
 
 @contextlib.contextmanager

@@ -7,8 +7,7 @@ Needs torch only: copy this file into any project. Everything is one pipeline, *
         one rule      D -> merged         task_arithmetic, ties, tsv_m, iso_c, iso_cts, or your own
         result        W0 + scale * merged
 
-The functions on tensors are the mathematics; `merge` runs them over whole models. Shapes stand in
-square brackets: m outputs, n inputs, T tasks. Singular vectors are columns.
+Shapes stand in square brackets: m outputs, n inputs, T tasks. Singular vectors are columns.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ Generator = torch.Generator | None
 Generators = Generator | Sequence[Generator]
 Triples = tuple[Tensor, Tensor, Tensor]
 Dtype = torch.dtype | None
+Notes = tuple[str, ...]
 Options = Mapping[str, Mapping[str, Any]]
 Factors = Sequence[float] | Mapping[str, float] | None
 Progress = Callable[[int, int, str], None] | None
@@ -160,8 +160,8 @@ def _count(rank: Rank, size: int, spectrum: Tensor | None = None) -> int:
         return max(1, int(rank * size + 1e-9))
     if isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank <= size:
         return rank
-    hint = f"give a count 0..{size}, a share between 0 and 1, or 'energy:0.85'"
-    raise MergeError(f"rank {rank!r} does not fit a matrix with min(m, n) = {size}: {hint}")
+    hint = "give a count from 0 to min(m, n), a share between 0 and 1, or 'energy:0.85'"
+    raise MergeError(f"rank {rank!r} does not fit a matrix: {hint}")
 
 
 def _leading_svd(x: Tensor, rank: Rank, svd: str, generator: Generator) -> Triples:
@@ -224,8 +224,10 @@ def pact(
     if len(D) == 1 or strength == 0:
         return D.clone()
     frame, reliance = _reliance(W0, D, core, task, tol, svd, generator)
-    shields = (frame @ _union(reliance, j, tol) for j in range(len(D)))
-    return torch.stack([_remove(d, p, strength) for d, p in zip(D, shields, strict=True)])
+    filtered = torch.empty_like(D)
+    for j, d in enumerate(D):
+        filtered[j] = _remove(d, frame @ _union(reliance, j, tol), strength)
+    return filtered
 
 
 @_method("purifier", "matrix", "Shi et al. 2026, arXiv 2606.18627", "base generator")
@@ -252,7 +254,7 @@ def dare(
     for all tasks, or a sequence with one for each. Raises MergeError unless 0 <= p < 1.
     """
     if not 0 <= p < 1:
-        raise MergeError(f"dare: p={p} must satisfy 0 <= p < 1")
+        raise MergeError(f"p={p} must satisfy 0 <= p < 1")
     per_task = generator if isinstance(generator, Sequence) else [generator] * len(D)
     kept = torch.empty_like(D)
     for d, out, g in zip(D, kept, per_task, strict=True):
@@ -354,7 +356,7 @@ def _thresholds(stream: Any, tasks: int, density: float, size: int, combine: Any
     the model. `combine` adds up the counts of several processes.
     """
     if not 0 < density <= 1:
-        raise MergeError(f"ties: density={density} must satisfy 0 < density <= 1")
+        raise MergeError(f"density={density} of TIES must satisfy 0 < density <= 1")
     found, ranks = torch.zeros(2, tasks, dtype=torch.int64)
     ranks += max(1, int(density * size + 1e-9))
     for shift in (16, 0):
@@ -416,7 +418,7 @@ def iso_cts(D: Tensor, common: float = 0.8, *, mean_over: str = "all") -> Tensor
     """
     _check_stack(D)
     if not 0 < common <= 1:
-        raise MergeError(f"iso_cts: common={common} must satisfy 0 < common <= 1")
+        raise MergeError(f"common={common} must satisfy 0 < common <= 1")
     size, tol = min(D.shape[1:]), _rank_tolerance(D.dtype)
     stack = _lift(D)
     own = min(round((size - int(size * common)) / len(D)), (size - 1) // len(D))
@@ -480,7 +482,7 @@ class Plan:
 
     steps: tuple[Step, ...]
     scale: float
-    notes: tuple[str, ...]
+    notes: Notes
     base: State
     tasks: States
     weights: Mapping[str, float]
@@ -507,8 +509,8 @@ class Plan:
     ) -> Iterator[Any]:
         """Per tensor of the base: its step, the base tensor, and the merged delta, None for a copy.
 
-        With `finish`, what it returns for these three. `mapper` spreads the steps, as `minipact.threads`
-        does. One process of several takes `names`, and `combine` adds up counts of all.
+        With `finish`, what it returns for these three. `mapper` spreads the steps over threads,
+        see `minipact.threads`. One process of several takes `names`, and `combine` adds up counts of all.
         """
         steps = [step for step in self.steps if names is None or step.name in names]
         self._refuse_identical()
@@ -523,13 +525,13 @@ class Plan:
     def _delta(self, step: Step, thresholds: Tensor | None) -> Tensor | None:
         if step.rule == "copy":
             return None
-        mean, delta, end = step.rule == "mean", torch.empty(0), 0
+        mean, size, delta, end = step.rule == "mean", math.prod(step.shape), torch.empty(0), 0
         by_entry = mean or self.rule.function is task_arithmetic or thresholds is not None
         for D in self._task_matrices(step, by_entry):
-            part = D.mean(0) if mean else self._call(self.rule, step, D, thresholds)
-            delta = delta if end else part.new_empty(math.prod(step.shape))
-            delta[end : end + part.numel()] = part.flatten()
-            end += part.numel()
+            part = (D.mean(0) if mean else self._call(self.rule, step, D, thresholds)).flatten()
+            delta = delta if end else part if len(part) == size else part.new_empty(size)
+            delta[end : end + len(part)] = part
+            end += len(part)
         return None if _is_zero(delta) else delta.view(step.shape)
 
     def _read_ahead(self, steps: Sequence[Step]) -> Iterator[Step]:
@@ -549,9 +551,7 @@ class Plan:
             yield D
 
     @torch.no_grad()
-    def _call(
-        self, method: Method, step: Step, D: Tensor, thresholds: Tensor | None = None
-    ) -> Tensor:
+    def _call(self, method: Method, step: Step, D: Tensor, thresholds: Any = None) -> Tensor:
         """Run one purifier or rule on one tensor, with the arguments it needs."""
         purifies = method.kind == "purifier"
         if method.scope == "matrix" and _is_zero(D):
@@ -635,9 +635,9 @@ def plan(
         steps.append(_step(name, tensor, kind, purifiers, chosen))
     for method in (*purifiers, chosen):
         _check_work(method, steps)
-    value, notes = _scale(scale, chosen, purifiers)
-    factors = _task_weights(weights, tasks, named)
-    return Plan(tuple(steps), value, notes, base, named, factors, purifiers, chosen, device, seed)
+    scaled, factors = _scale(scale, chosen, purifiers), _task_weights(weights, tasks, named)
+    checked = Plan(tuple(steps), *scaled, base, named, factors, purifiers, chosen, device, seed)
+    return _tried(checked)
 
 
 def merge(
@@ -703,32 +703,30 @@ def _pieces(x: Tensor, device: Device) -> Sequence[Tensor]:
     return torch.split(x.flatten(), size)
 
 
-@torch.no_grad()
 def _delta_blocks(
-    name: str,
-    base: State,
-    tasks: States,
-    weights: Weights = None,
-    device: Device = "cpu",
-    whole: bool = True,
+    name: str, base: State, tasks: States, weights: Weights, device: Device, whole: bool = True
 ) -> Iterator[Tensor]:
     """weight * (fine-tuned - base) of one tensor in float32 at least, D [T, ...] or its blocks [T, b]."""
     states = {"the base": base, **{f"task '{label}'": task for label, task in tasks.items()}}
-    tensors = {model: state[name] for model, state in states.items()}
+    tensors = {model: state[name].detach() for model, state in states.items()}
     wide = any(x.dtype == torch.float64 for x in tensors.values())
     kind = torch.empty(0, dtype=torch.float64 if wide else torch.float32, device=device)
     factors = list((weights or dict.fromkeys(tasks, 1.0)).values())
     pieces = ([x] if whole else _pieces(x, device) for x in tensors.values())
-    for start, *tuned in zip(*pieces, strict=True):
+
+    def block(start: Tensor, *tuned: Tensor) -> Tensor:
         origin, D = start.to(kind), kind.new_empty(len(tuned), *start.shape)
         for delta, x, factor in zip(D, tuned, factors, strict=True):
             torch.sub(x.to(kind), origin, out=delta)
             delta.mul_(factor) if factor != 1 else delta
         if not _is_finite(D):
             model = next((m for m, x in tensors.items() if not _is_finite(x)), "some task")
-            found = f"tensor '{name}' of {model} holds NaN or infinity"
-            raise MergeError(f"{found}: repair the checkpoint, or exclude the tensor")
-        yield D
+            raise MergeError(
+                f"tensor '{name}' of {model} holds NaN or infinity: repair or exclude it"
+            )
+        return D
+
+    return map(block, *pieces)
 
 
 def _generator(seed: int, *names: str) -> torch.Generator:
@@ -855,9 +853,23 @@ def _check_work(method: Method, steps: Iterable[Step]) -> None:
             raise MergeError(f"{method.name}.{option}={rank} is above the largest rank, {most}")
 
 
-def _scale(
-    scale: float | None, rule: Method, purifiers: Sequence[Method]
-) -> tuple[float, tuple[str, ...]]:
+def _tried(checked: Plan) -> Plan:
+    """A merge of small random matrices shows options out of range before any weight is read."""
+    purify = tuple(m.name for m in checked.purifiers if m.source)
+    rule = checked.rule.name if checked.rule.source else "mean"
+    step = Step("", (4, 4), torch.float32, "matrix", purify, rule)
+    base, *tuned = torch.randn(len(checked.tasks) + 1, 4, 4, generator=_generator(0))
+    tasks = {name: {"": x} for name, x in zip(checked.tasks, tuned, strict=True)}
+    try:
+        list(replace(checked, steps=(step,), base={"": base}, tasks=tasks, device="cpu").deltas())
+    except MergeError as error:
+        raise MergeError(str(error).removeprefix("tensor '', ")) from error
+    except TypeError as error:
+        raise MergeError(f"{_listing([*purify, rule])}: wrong option type: {error}") from error
+    return checked
+
+
+def _scale(scale: float | None, rule: Method, purifiers: Sequence[Method]) -> tuple[float, Notes]:
     """The scale to use, and what the user should know about it."""
     if scale is not None:
         if not abs(scale) <= torch.finfo(torch.float32).max:

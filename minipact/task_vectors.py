@@ -83,7 +83,7 @@ def task_vector(base: State, tuned: State) -> TaskVector:
         raise MergeError("\n".join(problems))
     names = [name for name in base if _meta(base, name).is_floating_point()]
     return TaskVector(
-        {name: next(_delta_blocks(name, base, {"tuned": tuned}))[0] for name in names}
+        {name: next(_delta_blocks(name, base, {"tuned": tuned}, None, "cpu"))[0] for name in names}
     )
 
 

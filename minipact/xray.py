@@ -104,7 +104,7 @@ def xray(
     skipped: list[Report] = []
     sums, base_energy = torch.zeros(5, len(checked.tasks), len(checked.tasks)).double(), 0.0
     for done, step in enumerate(steps, start=1):
-        D = next(_delta_blocks(step.name, base, checked.tasks, device=device))
+        D = next(_delta_blocks(step.name, base, checked.tasks, None, device))
         W0 = base[step.name].to(D)
         pairs = _pair_sums(D)
         sums += pairs

@@ -128,6 +128,12 @@ def test_what_all_see_is_said_once(tmp_path: Path, models: list[str]):
     assert errors[1] == ""
 
 
+def test_odd_variables_of_the_environment_mean_one_process(monkeypatch: pytest.MonkeyPatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "x")
+    assert (distributed.rank(), distributed.size()) == (0, 1)
+
+
 def test_shares_are_balanced_and_complete(monkeypatch: pytest.MonkeyPatch):
     costs = {f"{i}": float(i**3) for i in range(40)}
     monkeypatch.setenv("WORLD_SIZE", "3")

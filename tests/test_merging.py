@@ -712,6 +712,53 @@ def test_bad_tensors(call, message: str):
         call(*problem())
 
 
+class Closed(dict):
+    """A state dict of known shapes whose weights must not be read yet."""
+
+    def meta(self, name: str) -> Tensor:
+        return dict.__getitem__(self, name).to("meta")
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise AssertionError(f"'{name}' was read")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"purify": "dare", "options": {"dare": {"p": 1}}}, "^dare: p=1 must"),
+        ({"purify": "dare", "options": {"dare": {"p": "half"}}}, "'dare'.*wrong option type"),
+        ({"purify": "pact", "options": {"pact": {"core": -1}}}, "^pact: rank -1 does not fit"),
+        ({"purify": "pact", "options": {"pact": {"core": "energy:2"}}}, "^pact: rank 'energy:2'"),
+        ({"purify": "pact", "options": {"pact": {"tol": 5}}}, "^pact: tol=5 must"),
+        ({"purify": "sift", "options": {"sift": {"svd": "fast"}}}, "^sift: svd 'fast' is unknown"),
+        ({"rule": "ties", "options": {"ties": {"density": 3}}}, "^density=3 of TIES must"),
+        ({"rule": "iso_cts", "options": {"iso_cts": {"common": 0}}}, "^iso_cts: common=0 must"),
+        ({"rule": "iso_c", "options": {"iso_c": {"mean_over": "half"}}}, "^iso_c: mean_over"),
+        ({"rule": "tsv_m", "options": {"tsv_m": {"rank": 0.0}}}, "^tsv_m: rank 0.0 does not fit"),
+    ],
+)
+def test_options_out_of_range_show_before_any_weight_is_read(recipe: dict, message: str):
+    with pytest.raises(mp.MergeError, match=message):
+        mp.plan(Closed(BASE), [Closed(task) for task in TASKS], **recipe)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_plan_reads_no_weight(rule: str):
+    mp.plan(Closed(BASE), [Closed(task) for task in TASKS], rule=rule, purify=["pact", "dare"])
+
+
+def test_functions_of_the_caller_see_real_tensors_only():
+    shapes: list[torch.Size] = []
+
+    def rule(D: Tensor) -> Tensor:
+        shapes.append(D.shape[1:])
+        return D.sum(0)
+
+    mp.merge(BASE, TASKS, rule=rule, purify=lambda W0, D: D)
+    matrices = [x.shape for name, x in BASE.items() if mp.default_policy(name, x)[:6] == "matrix"]
+    assert shapes == [shape for shape in shapes if shape in matrices]
+
+
 def test_8_bit_floats_merge():
     base = {"w": torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)}
     tuned = {"w": torch.tensor([1.5, 2.0]).to(torch.float8_e4m3fn)}

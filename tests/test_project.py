@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import minipact
-from minipact import diagnostics, merging, statistics, task_vectors
+from minipact import diagnostics, merging, parallel, statistics, task_vectors
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -84,7 +84,7 @@ def test_public_names_are_exported_and_documented():
             assert thing.__doc__, name
     defined = {
         node.name
-        for module in (merging, task_vectors, diagnostics, statistics)
+        for module in (merging, task_vectors, diagnostics, statistics, parallel)
         for node in ast.parse(Path(module.__file__).read_text()).body
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
     }
