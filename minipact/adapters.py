@@ -81,15 +81,19 @@ class Adapter(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self._replaced:
             return self._stored[self._replaced[name]]
-        weight = self._base[name]
+        weight, update = self._base[name], self.delta(name)
+        return weight if update is None else weight.to(update.dtype) + update
+
+    def delta(self, name: str) -> Tensor | None:
+        """s * B @ A of a tensor, without the base's rounding; None where there are no such factors."""
         if name not in self._factors:
-            return weight
-        factors = self._factors[name]
+            return None
+        factors, meta = self._factors[name], self._base.meta(name)
         a, b = (
-            self._stored[key].to(_wide(weight.dtype)).flatten(1) for key in (factors.a, factors.b)
+            self._stored[key].to(_wide(meta.dtype)).flatten(1) for key in (factors.a, factors.b)
         )
         update = a.mT @ b.mT if factors.transposed else b @ a
-        return torch.add(weight.to(update.dtype), update.reshape(weight.shape), alpha=factors.scale)
+        return (factors.scale * update).reshape(meta.shape)
 
     def without(self, names: Any) -> Adapter:
         """The same adapter on a base without some of its tensors."""

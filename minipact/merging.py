@@ -706,21 +706,23 @@ def _pieces(x: Tensor, device: Device) -> Sequence[Tensor]:
 def _delta_blocks(
     name: str, base: State, tasks: States, weights: Weights, device: Device, whole: bool = True
 ) -> Iterator[Tensor]:
-    """weight * (fine-tuned - base) of one tensor in float32 at least, D [T, ...] or its blocks [T, b]."""
-    states = {"the base": base, **{f"task '{label}'": task for label, task in tasks.items()}}
-    tensors = {model: state[name].detach() for model, state in states.items()}
-    wide = any(x.dtype == torch.float64 for x in tensors.values())
+    """weight * (fine-tuned - base), or a task's own `delta(name)`, as D [T, ...] or in blocks [T, b]."""
+    direct = [getattr(task, "delta", lambda _: None)(name) for task in tasks.values()]
+    tuned = (task[name] if d is None else d for task, d in zip(tasks.values(), direct, strict=True))
+    tensors = [x.detach() for x in (base[name], *tuned)]
+    wide = any(x.dtype == torch.float64 for x in tensors)
     kind = torch.empty(0, dtype=torch.float64 if wide else torch.float32, device=device)
     factors = list((weights or dict.fromkeys(tasks, 1.0)).values())
-    pieces = ([x] if whole else _pieces(x, device) for x in tensors.values())
+    pieces = ([x] if whole else _pieces(x, device) for x in tensors)
 
     def block(start: Tensor, *tuned: Tensor) -> Tensor:
         origin, D = start.to(kind), kind.new_empty(len(tuned), *start.shape)
-        for delta, x, factor in zip(D, tuned, factors, strict=True):
-            torch.sub(x.to(kind), origin, out=delta)
+        for delta, x, factor, d in zip(D, tuned, factors, direct, strict=True):
+            torch.sub(x.to(kind), origin, alpha=int(d is None), out=delta)
             delta.mul_(factor) if factor != 1 else delta
         if not _is_finite(D):
-            model = next((m for m, x in tensors.items() if not _is_finite(x)), "some task")
+            models = ["the base", *(f"task '{label}'" for label in tasks), "some task"]
+            model = models[[*map(_is_finite, tensors), False].index(False)]
             raise MergeError(
                 f"tensor '{name}' of {model} holds NaN or infinity: repair or exclude it"
             )

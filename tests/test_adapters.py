@@ -145,11 +145,26 @@ def test_adapters_merge_as_the_models_they_make(base: Path, tmp_path: Path, rule
     assert main(["merge", *arguments, "--purify", "pact"]) == 0
     expected = mp.merge(state, models, rule=rule, purify="pact")
     merged = load_file(out)
-    assert all(torch.equal(merged[name], expected[name]) for name in state)
+    assert all(torch.allclose(merged[name], expected[name], atol=1e-5) for name in state)
     assert not torch.equal(merged["head.weight"], state["head.weight"])
     provenance = json.loads(open_checkpoint(out).metadata["merge"])
     files = {"adapter_config.json", "adapter_model.safetensors"}
     assert provenance["sha256"]["rank2"].keys() == files
+
+
+def test_small_updates_keep_their_rank_as_the_base_is_not_added_and_taken_off(
+    base: Path, tmp_path: Path
+):
+    tensors = {key: 1e-4 * x for key, x in pair("model.layers.0.q_proj", 6, 4, 2, 0).items()}
+    opened = open_checkpoint(base)
+    adapter = open_adapter(write(tmp_path / "x", tensors, r=2), opened)
+    a, b = tensors.values()
+    deltas = {step.name: d for step, _, d in mp.plan(opened, [adapter], scale=1.0).deltas()}
+    found = deltas.pop("model.layers.0.q_proj.weight")
+    scale = CONFIG["lora_alpha"] / 2
+    assert torch.allclose(found, scale * b @ a, rtol=1e-5, atol=0)
+    assert torch.linalg.matrix_rank(found, rtol=1e-5) == 2
+    assert set(deltas.values()) == {None}
 
 
 Q = "model.layers.0.q_proj"
