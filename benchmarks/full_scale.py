@@ -408,7 +408,9 @@ def disk(rounds: int, layers: int = 6) -> dict[str, Any]:
             plain = [str(folder / "m.yml"), str(folder / "kit"), "--no-copy-tokenizer"]
             jobs["mergekit"] = [str(mergekit), *plain]
         for _ in range(rounds):
-            run([sys.executable, "-c", READ, *weights])  # all jobs find the inputs in the page cache
+            run(
+                [sys.executable, "-c", READ, *weights]
+            )  # all jobs find the inputs in the page cache
             for job, command in jobs.items():
                 shutil.rmtree(folder / "kit", ignore_errors=True)
                 os.sync()  # what earlier jobs left to be written is not this one's work

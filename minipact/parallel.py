@@ -27,8 +27,9 @@ def threads(workers: int, room: float = math.inf) -> Mapper:
     """
 
     def mapper(work: Callable[[Step], Any], steps: Iterable[Step]) -> Iterator[Any]:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            running: deque[tuple[int, Future[Any]]] = deque()
+        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        running: deque[tuple[int, Future[Any]]] = deque()
+        try:
             for step in steps:
                 size = math.prod(step.shape)
                 full = (
@@ -38,6 +39,9 @@ def threads(workers: int, room: float = math.inf) -> Mapper:
                     yield running.popleft()[1].result()
                     full = False
                 running.append((size, pool.submit(work, step)))
-            yield from (future.result() for _, future in running)
+            while running:
+                yield running.popleft()[1].result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what has not begun
 
     return mapper

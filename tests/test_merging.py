@@ -832,6 +832,21 @@ def test_tensors_in_work_fit_into_the_room(room: float, together: int):
     assert max(most) == together
 
 
+def test_an_early_end_does_not_wait_for_what_has_not_begun():
+    steps = [mp.Step(str(i), (), torch.float32, "vector", (), "mean") for i in range(8)]
+    begun: list[str] = []
+
+    def work(step: mp.Step) -> str:
+        begun.append(step.name)
+        time.sleep(0.05)
+        return step.name
+
+    merged = mp.threads(2)(work, steps)
+    assert next(merged) == "0"
+    merged.close()
+    assert len(begun) < len(steps)
+
+
 def test_an_error_in_a_worker_comes_out():
     spoilt = [task | {"visual.proj": torch.full((16, 12), math.nan)} for task in TASKS]
     with pytest.raises(mp.MergeError, match=r"'visual\.proj' of task '0' holds NaN"):
