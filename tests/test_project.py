@@ -1,6 +1,7 @@
 """The project's files agree with each other."""
 
 import ast
+import json
 import csv
 import re
 import subprocess
@@ -62,6 +63,15 @@ def test_readme_commands_and_code():
         ast.parse(snippet)
     for link in re.findall(r"\]\(([^)#]+)\)", readme):
         assert (ROOT / link).exists(), link
+
+
+def test_readme_tells_the_recorded_times():
+    recorded = json.loads((ROOT / "benchmarks/results/full_scale_x86_64_2cores.json").read_text())
+    tower = recorded["whole"]["jobs"]["PACT + TSV-M exact"]["median"]
+    large = recorded["llm"]["jobs"]["task arithmetic"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"by TSV-M behind PACT in {tower:.0f} s" in readme
+    assert f"in {large['seconds']:.0f} s and {large['anonymous_mb'] / 1000:.1f} GB" in readme
 
 
 def test_public_address_stands_in_one_place():
