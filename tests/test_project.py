@@ -1,8 +1,8 @@
 """The project's files agree with each other."""
 
 import ast
-import json
 import csv
+import json
 import re
 import subprocess
 import sys
