@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from minipact.merging import MergeError, Plan, Step
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+NO_MEMORY = "out of memory|can't allocate memory|Cannot allocate memory|unable to mmap"
 DTYPES = ("keep", "float32", "bfloat16", "float16", "float64")
 
 
@@ -61,10 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILURE
     except OSError as error:
         return _fail(f"{error}; {_left(arguments)}", FAILURE)
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
             raise
-        return _fail(f"{error}; use --device cpu", FAILURE)
+        reason = str(error).split("\n")[0]
+        remedy = "use --threads 1, or --device cpu after a GPU's"
+        return _fail(f"out of memory ({reason}): {remedy}; {_left(arguments)}", FAILURE)
     except KeyboardInterrupt:
         return _fail(f"interrupted; {_left(arguments)}", INTERRUPTED)
     finally:
@@ -190,13 +195,16 @@ def _merge(arguments: argparse.Namespace) -> int:
     base = open_checkpoint(arguments.base)
     tasks = {name: _open_task(path, base) for name, path in _named(arguments.tasks).items()}
     aliases = _common_aliases(base, tasks)
+    for globs in (arguments.include or [], arguments.exclude or []):
+        globs[:] = _of_aliases(globs, base, aliases)
     recipe = _recipe(arguments, list(tasks))
     checked = plan(
         base.without(aliases), {n: task.without(aliases) for n, task in tasks.items()}, **recipe
     )
     summary = _summary(arguments, base, tasks, checked)
     if arguments.dry_run:
-        _show(arguments, summary | {"dry_run": True}, checked)
+        if distributed.rank() == 0:
+            _show(arguments, summary | {"dry_run": True}, checked)
         return 0
     with distributed.processes(recipe["device"]):
         try:
@@ -241,6 +249,17 @@ def _common_aliases(base: Checkpoint, tasks: Mapping[str, Checkpoint | Adapter])
     }
 
 
+def _of_aliases(globs: list[str], base: Checkpoint, aliases: Mapping[str, str]) -> list[str]:
+    """Globs for names without aliases: one that matches second names only means their first names."""
+    found: list[str] = []
+    for glob in globs:
+        firsts = [name for alias, name in aliases.items() if fnmatchcase(alias, glob)]
+        direct = any(fnmatchcase(name, glob) for name in base if name not in aliases)
+        found += [glob] if direct or not firsts else []
+        found += [re.sub(r"([*?[])", r"[\1]", name) for name in firsts]
+    return found
+
+
 def _with_files(
     error: MergeError, base: Checkpoint, tasks: Mapping[str, Checkpoint | Adapter]
 ) -> MergeError:
@@ -261,8 +280,8 @@ def _named(texts: Iterable[str]) -> dict[str, Path]:
             # A link gives its own name, not its target's.
             path, whole = text, Path(os.path.abspath(text))
             name = whole.stem if whole.suffix in (".safetensors", *PICKLES) else whole.name
-        if not name:
-            raise UsageError(f"'{text}' gives a task no name: write NAME=PATH")
+        if not name or not path:
+            raise UsageError(f"'{text}' lacks a name or a path: write NAME=PATH")
         if name in named:
             raise UsageError(f"two tasks are called '{name}': write NAME=PATH to tell them apart")
         named[name] = Path(os.path.expanduser(path))  # some shells leave the ~ of NAME=~/PATH
@@ -407,7 +426,7 @@ def _write(
             else:
                 files = []
             files = distributed.from_first(files)
-        except (OSError, KeyboardInterrupt):
+        except (OSError, KeyboardInterrupt, RuntimeError, MemoryError):
             keep = True
             raise
         finally:
@@ -479,10 +498,11 @@ def _rounding(
 
     if delta is None or not merged.is_floating_point() or merged.itemsize >= 4:
         return 0.0, 0.0
-    noise = signal = 0.0
+    noise, signal, norm = 0.0, 0.0, torch.linalg.vector_norm
     for x, d, y in zip(*(_pieces(z, delta.device) for z in (base, delta, merged)), strict=True):
-        noise += float(torch.add(x.to(d), d, alpha=scale).sub_(y.to(d)).norm()) ** 2
-        signal += float(d.norm()) ** 2 * scale**2
+        error = torch.add(x.to(d), d, alpha=scale).sub_(y.to(d))
+        noise += float(norm(error, dtype=torch.float64)) ** 2
+        signal += float(norm(d, dtype=torch.float64)) ** 2 * scale**2
     return noise, signal
 
 
@@ -638,7 +658,8 @@ def _card(
     )
     # options of one run, without effect on the bytes
     passing = ("--resume", "--overwrite", "--quiet", "--json")
-    words = [word for word in arguments.command if word not in passing]
+    command = re.sub(r"\0--threads[=\0]\d+", "", "\0".join(["", *arguments.command]))
+    words = [word for word in command.split("\0")[1:] if word not in passing]
     versions = summary["versions"]
     return f"""---
 library_name: minipact

@@ -73,19 +73,21 @@ class Adapter(Mapping[str, Tensor]):
 
     def meta(self, name: str) -> Tensor:
         """Tensor of the same shape and dtype on the "meta" device, without reading the files."""
-        if name in self._replaced:
-            return self._stored.meta(self._replaced[name])
-        meta = self._base.meta(name)
+        stored = name in self._replaced
+        meta = self._stored.meta(self._replaced[name]) if stored else self._base.meta(name)
         return meta.to(_wide(meta.dtype)) if name in self._factors else meta
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._replaced:
-            return self._stored[self._replaced[name]]
-        weight, update = self._base[name], self.delta(name)
+        stored = name in self._replaced
+        weight = self._stored[self._replaced[name]] if stored else self._base[name]
+        update = self._update(name)
         return weight if update is None else weight.to(update.dtype) + update
 
     def delta(self, name: str) -> Tensor | None:
-        """s * B @ A of a tensor, without the base's rounding; None where there are no such factors."""
+        """s * B @ A of a tensor, without the base's rounding; None where that is not all."""
+        return None if name in self._replaced else self._update(name)
+
+    def _update(self, name: str) -> Tensor | None:
         if name not in self._factors:
             return None
         factors, meta = self._factors[name], self._base.meta(name)

@@ -288,8 +288,10 @@ def _open_pickle(path: Path) -> Checkpoint:
     if content and all(str(name).startswith("module.") for name in content):
         content = {str(name).removeprefix("module."): x for name, x in content.items()}
     tensors = {str(name): x.detach() for name, x in content.items()}
-    if sparse := [name for name, x in tensors.items() if x.layout != torch.strided]:
-        raise CheckpointError(f"{path}: tensor '{sparse[0]}' is sparse: save it with to_dense()")
+    for name, x in tensors.items():
+        if x.layout != torch.strided or x.is_quantized or x.is_meta:
+            kind = "without data" if x.is_meta else "quantized" if x.is_quantized else "sparse"
+            raise CheckpointError(f"{path}: tensor '{name}' is {kind}: save a plain dense tensor")
     readers = {name: partial(_same, x) for name, x in tensors.items()}
     metas = {name: torch.empty_like(x, device="meta") for name, x in tensors.items()}
     layout = f"{path.suffix} state dict"

@@ -23,22 +23,23 @@ class PeerError(OSError):
 
 def rank() -> int:
     """Number of this process, 0 if it is alone."""
-    return _number("RANK", 0)
+    return _number("RANK") if size() > 1 else 0
 
 
 def size() -> int:
     """Number of processes."""
-    return _number("WORLD_SIZE", 1)
+    launched = all(os.environ.get(name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    return max(1, _number("WORLD_SIZE")) if launched else 1
 
 
-def _number(variable: str, alone: int) -> int:
+def _number(variable: str) -> int:
     text = os.environ.get(variable, "")
-    return int(text) if text.isdecimal() else alone
+    return int(text) if text.isdecimal() else 0
 
 
 def local_device() -> str:
     """The GPU of this process, spread over those of the machine."""
-    return f"cuda:{_number('LOCAL_RANK', 0) % torch.cuda.device_count()}"
+    return f"cuda:{_number('LOCAL_RANK') % torch.cuda.device_count()}"
 
 
 @contextlib.contextmanager

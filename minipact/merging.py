@@ -167,7 +167,7 @@ def _count(rank: Rank, size: int, spectrum: Tensor | None = None) -> int:
 def _leading_svd(x: Tensor, rank: Rank, svd: str, generator: Generator) -> Triples:
     """Leading singular triples U [m, k], S [k], V [n, k] in float64, k at most the numerical rank."""
     _check_known("svd", [svd], ("exact", "randomized"))
-    x = _lift(x)
+    x, rank = _lift(x), "none" if rank is None else rank  # it would mean all of them to _svd
     if svd == "randomized":
         return _randomized_svd(x, _count(rank, min(x.shape)), generator)
     return _svd(x, _rank_tolerance(x.dtype), rank)
@@ -362,7 +362,7 @@ def _thresholds(stream: Any, tasks: int, density: float, size: int, combine: Any
     for shift in (16, 0):
         counts = torch.zeros(tasks, 65536, dtype=torch.int64)
         for D in stream():
-            for t, bits in enumerate(D.abs().float().flatten(1).contiguous().view(torch.int32)):
+            for t, bits in enumerate(D.abs().float().reshape(tasks, -1).view(torch.int32)):
                 digits = bits >> 16 if shift else (bits & 0xFFFF)[bits >> 16 == int(found[t])]
                 counts[t] += torch.bincount(digits, minlength=65536).cpu()
         counts = combine(counts) if combine else counts
@@ -624,7 +624,7 @@ def plan(
     settings = dict(options or {})
     purifiers = tuple(_configured(p, "purifier", settings, base) for p in several)
     chosen = _configured(rule, "rule", settings, base)
-    if idle := settings.keys() - {m.name for m in (*purifiers, chosen)}:
+    if idle := settings.keys() - {m.name for m in (*purifiers, chosen) if m.source}:
         raise MergeError(f"options for {_listing(idle)}, which is not used: add rule or purifier")
     wanted, unwanted = _globs(include, base, "include"), _globs(exclude, base, "exclude")
     steps = []
@@ -691,7 +691,7 @@ def _add(name: str, base: Tensor, delta: Tensor | None, scale: float, dtype: Dty
         pieces = (_pieces(x, delta.device) for x in (merged, base, delta))
         for out, x, d in zip(*pieces, strict=True):
             out.copy_(torch.add(x.to(d), d, alpha=scale))
-    if not _is_finite(merged):
+    if not _is_finite(merged) and _is_finite(base):
         hint = "check the base, take a smaller scale or a wider dtype"
         raise MergeError(f"tensor '{name}' of the result overflows {merged.dtype}: {hint}")
     return merged
@@ -723,9 +723,7 @@ def _delta_blocks(
         if not _is_finite(D):
             models = ["the base", *(f"task '{label}'" for label in tasks), "some task"]
             model = models[[*map(_is_finite, tensors), False].index(False)]
-            raise MergeError(
-                f"tensor '{name}' of {model} holds NaN or infinity: repair or exclude it"
-            )
+            raise MergeError(f"'{name}' of {model} holds NaN or infinity: repair or exclude it")
         return D
 
     return map(block, *pieces)
@@ -808,7 +806,8 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _globs(globs: str | Sequence[str] | None, names: Iterable[str], what: str) -> tuple[str, ...]:
     """Glob patterns as a tuple; each must match a name, so that a typo cannot pass silently."""
-    patterns = (globs,) if isinstance(globs, str) else tuple(globs or ())
+    given = globs if isinstance(globs, list | tuple) else [] if globs is None else [globs]
+    patterns = tuple(map(str, given))
     if idle := [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]:
         raise MergeError(f"{what} {_listing(idle)} matches no tensor name of the base")
     return patterns
@@ -847,7 +846,7 @@ def _step(name: str, x: Tensor, kind: str, purifiers: Iterable[Method], rule: Me
 def _check_work(method: Method, steps: Iterable[Step]) -> None:
     """A purifier must find tensors, and a count of directions must fit one of them at least."""
     sizes = [min(s.shape, default=1) for s in steps if method.name in (*s.purify, s.rule)]
-    if not sizes and method.kind == "purifier":
+    if not sizes and (method.kind == "purifier" or all(s.rule == "copy" for s in steps)):
         raise MergeError(f"{method.name} has no tensor to work on: see scope, include and exclude")
     for option in _RANK_OPTIONS:
         rank, most = method.given.get(option), max(sizes, default=math.inf)
@@ -862,8 +861,9 @@ def _tried(checked: Plan) -> Plan:
     step = Step("", (4, 4), torch.float32, "matrix", purify, rule)
     base, *tuned = torch.randn(len(checked.tasks) + 1, 4, 4, generator=_generator(0))
     tasks = {name: {"": x} for name, x in zip(checked.tasks, tuned, strict=True)}
+    small = replace(checked, steps=(step,), base={"": base}, tasks=tasks, weights={}, device="cpu")
     try:
-        list(replace(checked, steps=(step,), base={"": base}, tasks=tasks, device="cpu").deltas())
+        list(small.deltas())
     except MergeError as error:
         raise MergeError(str(error).removeprefix("tensor '', ")) from error
     except TypeError as error:

@@ -167,6 +167,21 @@ def test_small_updates_keep_their_rank_as_the_base_is_not_added_and_taken_off(
     assert set(deltas.values()) == {None}
 
 
+def test_a_saved_base_layer_counts_beside_its_factors(base: Path, tmp_path: Path):
+    stored = normal(90, 9, 4)
+    tensors = {
+        "model.embed.lora_embedding_A": normal(91, 2, 9),
+        "model.embed.lora_embedding_B": normal(92, 4, 2),
+        "model.embed.base_layer.weight": stored,
+    }
+    adapter = open_adapter(write(tmp_path / "x", tensors, r=2), open_checkpoint(base))
+    a, b = list(tensors.values())[:2]
+    expected = stored + 1.5 * (b @ a).mT
+    assert torch.allclose(adapter["model.embed.weight"], expected, atol=1e-5)
+    merged = mp.merge(open_checkpoint(base), [adapter], scale=1.0)["model.embed.weight"]
+    assert torch.allclose(merged, expected, atol=1e-5)
+
+
 Q = "model.layers.0.q_proj"
 
 

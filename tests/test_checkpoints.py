@@ -619,3 +619,13 @@ def test_reading_ahead_is_a_hint(tmp_path: Path, state: dict[str, Tensor]):
         assert file.read_bytes()[start : start + length] == bytes(flat.tolist())
         read.prefetch(name)
     read.prefetch("nothing")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [(torch.eye(3).to_sparse(), "sparse"), (torch.empty(3, device="meta"), "without data")],
+)
+def test_tensors_without_plain_numbers_are_refused(tmp_path: Path, tensor: Tensor, kind: str):
+    torch.save({"w": tensor}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=f"'w' is {kind}"):
+        open_checkpoint(tmp_path / "x.pt")

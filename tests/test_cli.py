@@ -199,7 +199,7 @@ def test_names_of_tasks_and_outputs(files: Path, capsys: pytest.CaptureFixture[s
     assert main(["merge", base, a, "-o", a, "--overwrite"]) == 2
     assert "is the input" in capsys.readouterr().err
     assert main(["merge", base, f"={a}", "-o", str(files / "o.safetensors")]) == 2
-    assert "no name" in capsys.readouterr().err
+    assert "lacks a name or a path" in capsys.readouterr().err
     assert main(["merge", base, a, "-o", str(files / "b.safetensors")]) == 2
     assert "--overwrite" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
@@ -370,6 +370,65 @@ def test_rounding_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads(capsys.readouterr().out)["rounding"] == pytest.approx(2**-9 / (2**-7 + 2**-9))
     assert main(["merge", *arguments, *out]) == 0
     assert json.loads(capsys.readouterr().out)["rounding"] is None
+
+
+def test_second_names_of_tied_tensors_can_be_excluded(tmp_path: Path):
+    for seed, name in enumerate(("base", "a")):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(4, 3, generator=g)
+        state = {"embed[0].weight": x, "fc": torch.randn(3, 3, generator=g), "head.weight": x}
+        torch.save(state, tmp_path / f"{name}.pt")
+    paths = [str(tmp_path / name) for name in ("base.pt", "a.pt")]
+    out = tmp_path / "out.safetensors"
+    assert (
+        main(["merge", *paths, "-o", str(out), "--exclude", "head*", "--scale", "1", "--quiet"])
+        == 0
+    )
+    merged, base, tuned = load_file(out), torch.load(paths[0]), torch.load(paths[1])
+    assert torch.equal(merged["head.weight"], base["head.weight"])
+    assert torch.equal(merged["embed[0].weight"], base["head.weight"])
+    assert torch.allclose(merged["fc"], tuned["fc"])
+    assert main(["merge", *paths, "-o", str(out), "--overwrite", "--exclude", "tail*"]) == 2
+
+
+def test_the_number_of_threads_is_not_in_the_model_card(files: Path):
+    cards = []
+    for threads in (["--threads", "1"], ["--threads=2"], []):
+        assert run(files, "-o", str(files / "out"), "--overwrite", "--quiet", *threads) == 0
+        cards.append((files / "out" / "README.md").read_text())
+    assert cards[0] == cards[1] == cards[2]
+
+
+def test_rounding_of_huge_numbers_is_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name, x in (("base", 1e30), ("a", 1.1e30)):
+        save_file({"w": torch.full((4,), x).bfloat16()}, tmp_path / f"{name}.safetensors")
+    paths = [str(tmp_path / f"{name}.safetensors") for name in ("base", "a", "out")]
+    assert main(["merge", *paths[:2], "-o", paths[2], "--scale", "0.3", "--json"]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["rounding"] < 1
+
+
+def test_a_lack_of_memory_is_told_and_keeps_what_is_done(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    from minipact import merging
+
+    merge_tensor = merging._add
+
+    def crowded(name: str, *arguments: object) -> Tensor:
+        if name == "visual.proj":
+            raise RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+        return merge_tensor(name, *arguments)
+
+    monkeypatch.setattr(merging, "_add", crowded)
+    assert run(files, "-o", str(files / "out.safetensors"), "--threads", "1") == 1
+    error = capsys.readouterr().err
+    assert "out of memory" in error
+    assert "--resume goes on from there" in error
+    monkeypatch.undo()
+    assert run(files, "-o", str(files / "out.safetensors"), "--resume", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["resumed_tensors"] >= 1
 
 
 def test_tied_tensors_are_merged_once_and_written_twice(

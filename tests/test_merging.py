@@ -759,6 +759,47 @@ def test_functions_of_the_caller_see_real_tensors_only():
     assert shapes == [shape for shape in shapes if shape in matrices]
 
 
+@pytest.mark.parametrize("recipe", [{"options": {"ties": {"scope": "tensor"}}}, {"purify": "dare"}])
+def test_ties_takes_numbers_without_dimensions(recipe: dict):
+    base = {"scale": torch.tensor(4.0), "w": torch.ones(2, 2)}
+    tasks = [{"scale": torch.tensor(x), "w": torch.eye(2)} for x in (5.0, 7.0)]
+    options = {"dare": {"p": 0.0}} if "purify" in recipe else {}
+    recipe = recipe | {"options": recipe.get("options", {}) | options}
+    assert mp.merge(base, tasks, rule="ties", scale=1.0, **recipe)["scale"] == 6.0
+
+
+def test_what_is_excluded_may_be_infinite():
+    base = {"mask": torch.tensor([0.0, -math.inf]), "w": torch.ones(2)}
+    tuned = {"mask": base["mask"], "w": torch.zeros(2)}
+    with pytest.raises(mp.MergeError, match="'mask' of the base holds NaN or infinity"):
+        mp.merge(base, [tuned])
+    merged = mp.merge(base, [tuned], exclude="mask", scale=1.0, dtype=torch.bfloat16)
+    assert merged["mask"].tolist() == [0.0, -math.inf]
+    assert merged["w"].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"rule": mp.tsv_m, "options": {"tsv_m": {"rank": 1}}}, "'tsv_m', which is not used"),
+        ({"purify": mp.pact, "options": {"pact": {"core": 1}}}, "'pact', which is not used"),
+        ({"purify": "pact", "options": {"pact": {"scope": 3}}}, "scope '3' matches no tensor"),
+        (
+            {"purify": "pact", "options": {"pact": {"core": None}}},
+            "^pact: rank 'none' does not fit",
+        ),
+        ({"exclude": "*"}, "task_arithmetic has no tensor to work on"),
+    ],
+)
+def test_recipes_without_effect_are_refused(recipe: dict, message: str):
+    with pytest.raises(mp.MergeError, match=message):
+        mp.plan(BASE, TASKS, **recipe)
+
+
+def test_large_weights_are_no_wrong_option():
+    mp.plan(BASE, TASKS, rule="tsv_m", weights=[1e38] * len(TASKS))
+
+
 def test_8_bit_floats_merge():
     base = {"w": torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)}
     tuned = {"w": torch.tensor([1.5, 2.0]).to(torch.float8_e4m3fn)}
