@@ -289,3 +289,6 @@ def test_against_peft(tmp_path: Path):
     assert list(task) == list(load_file(tmp_path / "base.safetensors"))
     for name in task:
         assert torch.allclose(task[name], expected[name], atol=1e-6), name
+    merged = mp.merge(open_checkpoint(tmp_path / "base.safetensors"), [task], scale=1.0)
+    for name in task:
+        assert torch.allclose(merged[name], expected[name], atol=1e-5), name
