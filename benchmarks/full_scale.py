@@ -1,7 +1,9 @@
 """Whole merges at real sizes: minipact, the papers' algorithms written plainly, and other packages.
 
-    python benchmarks/full_scale.py                 all parts, some minutes on 2 cores
+    python benchmarks/full_scale.py                 all parts but llm, a quarter of an hour on 2 cores
     python benchmarks/full_scale.py --only disk     one part: blocks, stages, growth, peers, whole, disk, llm
+
+The part llm takes half an hour and up to 62 GB of disk.
 
 Everything is compared on the same files or tensors, in one run, taking turns; medians and ratios go to
 benchmarks/results/full_scale_<machine>.json. fusion-bench and mergekit take part where they are installed.
@@ -408,9 +410,8 @@ def disk(rounds: int, layers: int = 6) -> dict[str, Any]:
             plain = [str(folder / "m.yml"), str(folder / "kit"), "--no-copy-tokenizer"]
             jobs["mergekit"] = [str(mergekit), *plain]
         for _ in range(rounds):
-            run(
-                [sys.executable, "-c", READ, *weights]
-            )  # all jobs find the inputs in the page cache
+            # All jobs find the inputs in the page cache.
+            run([sys.executable, "-c", READ, *weights])
             for job, command in jobs.items():
                 shutil.rmtree(folder / "kit", ignore_errors=True)
                 os.sync()  # what earlier jobs left to be written is not this one's work
@@ -475,6 +476,8 @@ def llm(_rounds: int) -> dict[str, Any]:
     """Two fine-tuned models of a 7-billion layout merged from shards to shards, once, in bounded memory."""
     here = Path.cwd()
     layers = min(32, int((shutil.disk_usage(here).free - 8e9) / 4 / 405e6))  # bytes of a layer
+    if layers < 1:
+        raise SystemExit("the part llm needs at least 10 GB of disk, and 62 GB for all layers")
     sketch = ["--purify", "pact", "--set", "pact.svd=randomized"]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=here) as name:
@@ -529,7 +532,7 @@ def main() -> None:
     out.parent.mkdir(exist_ok=True)
     results = json.loads(out.read_text()) if out.exists() else {}
     results |= {"machine": arguments.machine, "torch": torch.__version__.split("+")[0]}
-    for name in arguments.only or PARTS:
+    for name in arguments.only or [part for part in PARTS if part != "llm"]:
         print(name, flush=True)
         results[name] = PARTS[name](arguments.rounds)
         out.write_text(json.dumps(results, indent=1) + "\n")

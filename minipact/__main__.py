@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
             raise
         reason = str(error).split("\n")[0]
-        remedy = "use --threads 1, or --device cpu after a GPU's"
+        remedy = "use --threads 1, or --device cpu where a GPU's is too small"
         return _fail(f"out of memory ({reason}): {remedy}; {_left(arguments)}", FAILURE)
     except KeyboardInterrupt:
         return _fail(f"interrupted; {_left(arguments)}", INTERRUPTED)

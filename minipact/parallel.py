@@ -32,9 +32,8 @@ def threads(workers: int, room: float = math.inf) -> Mapper:
         try:
             for step in steps:
                 size = math.prod(step.shape)
-                full = (
-                    len(running) == 4 * workers
-                )  # with less, small tensors would leave threads idle
+                # Results wait for their turn; with fewer of them small tensors would leave threads idle.
+                full = len(running) == 4 * workers
                 while running and (full or size + sum(n for n, _ in running) > room):
                     yield running.popleft()[1].result()
                     full = False

@@ -873,6 +873,19 @@ def test_tensors_in_work_fit_into_the_room(room: float, together: int):
     assert max(most) == together
 
 
+@pytest.mark.parametrize("block", [1, 7, 30, 64])
+def test_the_lower_triangle_of_a_gram_matrix_is_whole(block: int):
+    x = torch.randn(50, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(merging._gram(x, block).tril(), (x.mT @ x).tril(), atol=1e-12)
+
+
+def test_singular_vectors_wider_than_one_block():
+    x = torch.randn(300, 290, generator=torch.Generator().manual_seed(0))
+    u, s, v = merging._leading_svd(x, 290, "exact", None)
+    assert torch.allclose(s, torch.linalg.svdvals(x.double()), rtol=1e-8)
+    assert torch.allclose(u * s @ v.mT, x.double(), atol=1e-9)
+
+
 def test_an_early_end_does_not_wait_for_what_has_not_begun():
     steps = [mp.Step(str(i), (), torch.float32, "vector", (), "mean") for i in range(8)]
     begun: list[str] = []
