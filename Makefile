@@ -2,9 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NOTEBOOKS := $(wildcard book/*.ipynb)
+# One process a core, each with one thread (conftest.py); who is done early takes tests from another.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 -q
 
-.PHONY: help venv book test unit notebooks repro zoo bench screenshots clean
+.PHONY: help venv book test unit quick lint notebooks repro zoo bench screenshots clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,11 +26,16 @@ book: venv  ## build the book into _build/html, without executing it
 test: unit  ## lint, types, unit tests, and the notebooks' results
 	$(if $(NOTEBOOKS),$(NBVAL) $(NOTEBOOKS))
 
-unit: venv
+unit: lint
+	$(PYTEST)
+
+quick: lint  ## lint, types, and the unit tests that take no more than two seconds
+	$(PYTEST) -m 'not slow'
+
+lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
 
 notebooks: venv  ## execute the notebooks in place
 	$(if $(NOTEBOOKS),$(BIN)/python tools/execute.py $(NOTEBOOKS))

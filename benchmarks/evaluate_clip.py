@@ -37,10 +37,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from minipact import MergeError
-from minipact.checkpoints import CheckpointError, open_checkpoint
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "data"))
 
-HERE = Path(__file__).parent
+from minipact import CheckpointError, MergeError, open_checkpoint  # noqa: E402
+from zoo_io import hits  # noqa: E402
+
 # In the literature's order, whose first 8, 14 and 20 tasks are the suites: torchvision's class for the test
 # split, a few prompts of our own, and class names in the order of the labels where the class has numbers.
 TASKS: dict[str, dict[str, Any]] = json.loads((HERE / "clip_tasks.json").read_text())
@@ -161,16 +163,14 @@ def stored_head(folder: Path, task: str, classes: int) -> Tensor:
     return nn.functional.normalize(weight, dim=-1)
 
 
-@torch.no_grad()
 def accuracy(model: Any, head: Tensor, images: Any, options: argparse.Namespace) -> float:
     """Share of images whose class has the largest cosine with them; head [classes, embed_dim]."""
-    right, device = 0, head.device
+    right = 0
     loader = DataLoader(images, options.batch, num_workers=options.workers)
     for pixels, labels in tqdm(loader, leave=False, disable=None):
         if int(labels.max()) >= len(head):
             raise MergeError(f"a label is {int(labels.max())}, and {len(head)} classes have names")
-        cosines = model.encode_image(pixels.to(device), normalize=True) @ head.mT
-        right += int((cosines.argmax(dim=1).cpu() == labels).sum())
+        right += hits(model.encode_image, head, pixels.to(head.device), labels, len(pixels))
     return right / len(images)
 
 

@@ -1,4 +1,4 @@
-"""Whole merges at real sizes: minipact, the papers' algorithms written plainly, and other packages.
+"""Whole merges at real sizes: minipact, its methods as bare equations (minipact/plain.py), other packages.
 
     python benchmarks/full_scale.py                 all parts but llm, a quarter of an hour on 2 cores
     python benchmarks/full_scale.py --only disk     one part: blocks, stages, growth, peers, whole, disk, llm
@@ -33,51 +33,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from vit_b32 import FLOOR, measure, run
 
 import minipact as mp
-from minipact.checkpoints import open_checkpoint, save_checkpoint
+from minipact import plain
+from vit_b32 import FLOOR, measure, run
 
 BLOCK = {"in_proj": (2304, 768), "out_proj": (768, 768), "c_fc": (3072, 768), "c_proj": (768, 3072)}
 RANKS = {"core": 38, "task": 32}
 SVDS = ("exact", "randomized")
 State = dict[str, Tensor]
-
-
-# ---- The papers' algorithms, written plainly: full SVDs in float32 -------------------------------
-
-
-def plain_pact(W0: Tensor, D: Tensor, core: int, task: int, repeat: bool = False) -> Tensor:
-    """PACT with full SVDs; shields orthonormalised by rank, as the equations mean them.
-
-    `repeat` factorises W0 again for every task, as the released code does.
-    """
-    walls, v0 = [], W0
-    for t, d in enumerate(D):
-        if t == 0 or repeat:
-            v0 = torch.linalg.svd(W0, full_matrices=False).Vh[:core].mT
-        v = torch.linalg.svd(d, full_matrices=False).Vh[:task].mT
-        walls.append(plain_orth(v0 - v @ (v.mT @ v0)))
-    filtered = []
-    for j, d in enumerate(D):
-        p = plain_orth(torch.cat(walls[:j] + walls[j + 1 :], dim=1))
-        filtered.append(d - (d @ p) @ p.mT)
-    return torch.stack(filtered)
-
-
-def plain_orth(a: Tensor, tol: float = 1e-3) -> Tensor:
-    u, s, _ = torch.linalg.svd(a, full_matrices=False)
-    return u[:, s > tol * s[0]]
-
-
-def plain_tsv_m(D: Tensor) -> Tensor:
-    """TSV-Merge with full SVDs of the tasks and of the two wide matrices."""
-    k = min(D.shape[1:]) // len(D)
-    parts = [torch.linalg.svd(d, full_matrices=False) for d in D]
-    u, s = torch.cat([p.U[:, :k] for p in parts], 1), torch.cat([p.S[:k] for p in parts])
-    v = torch.cat([p.Vh[:k] for p in parts])
-    a, b = (torch.linalg.svd(x, full_matrices=False) for x in (u, v))
-    return (a.U @ a.Vh * s) @ (b.U @ b.Vh)
 
 
 # ---- Weights of real shapes ----------------------------------------------------------------------
@@ -107,21 +71,32 @@ def block_models(tasks: int, width: int = 768, layers: int = 1) -> tuple[State, 
     return base, tuned
 
 
-def plain_merge(base: State, tasks: list[State], repeat: bool = False) -> State:
-    """PACT + TSV-M over a model, with the plain functions."""
-    merged = {}
-    for name, W0 in base.items():
-        D = torch.stack([task[name] - W0 for task in tasks])
-        merged[name] = W0 + plain_tsv_m(plain_pact(W0, D, **RANKS, repeat=repeat))
+# ---- PACT + TSV-M over a model -------------------------------------------------------------------
+
+
+def plain_merge(base: State, tasks: list[State]) -> State:
+    """By the equations, with full SVDs."""
+    merged: State = plain.merge(
+        base, tasks, rule="tsv_m", purify=["pact"], scale=1.0, options={"pact": RANKS}
+    )
     return merged
 
 
+def repeating_merge(base: State, tasks: list[State]) -> State:
+    """The same in the structure of the released code, which factorises W0 again for every task."""
+    for W0 in base.values():
+        for _ in tasks[1:]:
+            plain.svd(W0, plain.roundoff(W0), RANKS["core"])
+    return plain_merge(base, tasks)
+
+
 def our_merge(base: State, tasks: list[State], svd: str, workers: int) -> State:
-    """PACT + TSV-M over a model, one tensor a thread."""
+    """By minipact, one tensor a thread."""
     options: dict[str, dict[str, Any]] = {"pact": {**RANKS, "svd": svd}, "tsv_m": {"svd": svd}}
-    checked = mp.plan(base, tasks, rule="tsv_m", purify="pact", options=options, scale=1.0)
     torch.set_num_threads(1)
-    return dict(checked.merged(mapper=mp.threads(workers)))
+    return mp.merge(
+        base, tasks, rule="tsv_m", purify="pact", options=options, scale=1.0, threads=workers
+    )
 
 
 # ---- Timing --------------------------------------------------------------------------------------
@@ -160,12 +135,12 @@ def blocks(rounds: int) -> dict[str, Any]:
     """PACT + TSV-M on the four matrices of one ViT-B block, eight tasks."""
     base, tasks = block_models(8)
     workers = os.cpu_count() or 1
-    exact, plain = our_merge(base, tasks, "exact", workers), plain_merge(base, tasks)
-    change = {name: (plain[name] - base[name]).norm() for name in base}
-    distance = max(float((exact[n] - plain[n]).norm() / change[n]) for n in base)
+    exact, expected = our_merge(base, tasks, "exact", workers), plain_merge(base, tasks)
+    change = {name: (expected[name] - base[name]).norm() for name in base}
+    distance = max(float((exact[n] - expected[n]).norm() / change[n]) for n in base)
     jobs: dict[str, Callable[[], Any]] = {
         "plain, full SVDs": lambda: plain_merge(base, tasks),
-        "plain, W0 again for every task": lambda: plain_merge(base, tasks, repeat=True),
+        "plain, W0 again for every task": lambda: repeating_merge(base, tasks),
         "minipact exact": lambda: our_merge(base, tasks, "exact", workers),
         "minipact randomized": lambda: our_merge(base, tasks, "randomized", workers),
     }
@@ -286,7 +261,8 @@ def peers(rounds: int) -> dict[str, Any]:
     def ours(rule: str, **more: Any) -> Callable[[], Any]:
         def job() -> list[Any]:
             torch.set_num_threads(1)
-            return list(mp.plan(base, tasks, rule=rule, **more).deltas(mapper=mp.threads(workers)))
+            merged = mp.Merged(base, tasks, rule=rule, **more)
+            return list(merged.map(merged.parts, threads=workers))
 
         return job
 
@@ -367,9 +343,9 @@ for name in sys.argv[1:]:
 
 UNHASHED = """
 import sys
-from minipact import checkpoints
+from minipact import job
 from minipact.__main__ import main
-checkpoints.sha256 = lambda *_: "0" * 64
+job.sha256 = lambda *_: "0" * 64
 sys.exit(main())
 """
 
@@ -484,13 +460,13 @@ def llm(_rounds: int) -> dict[str, Any]:
         folder = Path(name)
         paths = [folder / f"model{task}" for task in range(3)]
         for task, path in enumerate(paths):
-            save_checkpoint(path, Llama7B(layers, task), max_shard_size="2GB")
+            mp.save_checkpoint(path, Llama7B(layers, task), max_shard_size="2GB")
         inputs, out = [str(path) for path in paths], str(folder / "out")
         merge = ["-m", "minipact", "merge", *inputs, "-o", out, "--scale", "0.3"]
         merge += ["--overwrite", "--quiet"]
         shards = [str(file) for path in paths for file in sorted(path.glob("*.safetensors"))]
         numbers = sum(
-            math.prod(open_checkpoint(paths[0]).meta(n).shape) for n in Llama7B(layers, 0)
+            math.prod(mp.open_checkpoint(paths[0]).meta(n).shape) for n in Llama7B(layers, 0)
         )
         jobs = {
             "read the inputs": ["-c", READ, *shards],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -61,13 +62,9 @@ def pictures(task: str, split: str = "test") -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def _tower() -> torch.nn.Module:
-    return zoo_io.image_tower(load_zoo().info["model"]).to(DEVICE)
-
-
-@cache
-def _pixels(task: str, split: str) -> Tensor:
-    return zoo_tasks.to_tensor(pictures(task, split)[0]).to(DEVICE)
+def _judge() -> zoo_io.Judge:
+    zoo = load_zoo()
+    return zoo_io.Judge(zoo.info["model"], zoo.heads, DEVICE, pictures)
 
 
 def accuracy(weights: State, task: str, split: str = "test") -> float:
@@ -79,13 +76,7 @@ def accuracies(
     weights: State, split: str = "test", only: Sequence[str] = TASKS
 ) -> dict[str, float]:
     """Accuracy on every task, task -> share in 0..1."""
-    tower, heads = _tower(), load_zoo().heads
-    tower.load_state_dict({name.removeprefix("visual."): x for name, x in weights.items()})
-    found = {}
-    for task in only:
-        best = zoo_io.logits(tower, heads[task].to(DEVICE), _pixels(task, split)).argmax(-1)
-        found[task] = float((best.cpu().numpy() == pictures(task, split)[1]).mean())
-    return found
+    return _judge().accuracies(weights, split, only)
 
 
 def mean(values: Mapping[str, float] | Sequence[float]) -> float:
@@ -94,15 +85,25 @@ def mean(values: Mapping[str, float] | Sequence[float]) -> float:
 
 
 def tune(
-    delta: mp.TaskVector,
-    scales: Sequence[float],
-    only: Sequence[str] = TASKS,
-    base: State | None = None,
+    merged: mp.Merged | mp.TaskVector, scales: Sequence[float], only: Sequence[str] = TASKS
 ) -> tuple[float, list[float]]:
-    """The scale with the best average validation accuracy, and that average at every scale."""
-    start = load_zoo().base if base is None else base
-    scores = [mean(accuracies(delta.apply_to(start, a), "val", only)) for a in scales]
-    return scales[int(np.argmax(scores))], scores
+    """The scale with the best average validation accuracy, and that average at every scale.
+
+    Of a merge, or of a task vector added to the zoo's base. Of equally good scales the smallest.
+    """
+    model = _Line(merged) if isinstance(merged, mp.TaskVector) else merged
+    found = mp.sweep(model, lambda weights: mean(accuracies(weights, "val", only)), scales)
+    return found.scale, list(found.scores.values())
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The zoo's base plus any multiple of a task vector, in the form that `mp.sweep` takes."""
+
+    direction: mp.TaskVector
+
+    def at(self, scale: float) -> State:
+        return self.direction.apply_to(load_zoo().base, scale)
 
 
 # ---- Numbers in print ----------------------------------------------------------------------------

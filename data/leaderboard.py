@@ -4,6 +4,7 @@
 
 Each row merges the eight fine-tuned models once, looks for the scale on validation data, and measures test
 accuracy at that scale. Rows that are in the table already are skipped, so an interrupted run goes on.
+Vectors (biases, norms, ...) are scaled along with matrices in most rows, vectors="rule" as published.
 """
 
 from __future__ import annotations
@@ -13,40 +14,21 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 import minipact as mp
-from tasks import load, to_tensor
-from zoo_io import Zoo, image_tower, load_zoo, logits
+from zoo_io import Judge, Zoo, load_zoo
 
-COLUMNS = ["seed", "purify", "options", "rule", "scale", "val", "test", "normalised"]
+KEY = ["purify", "options", "rule", "vectors"]
+COLUMNS = ["seed", *KEY, "scale", "val", "test", "normalised"]
 # Where the search for the scale begins: near what the rules need on their own.
 START = {"task_arithmetic": 0.2, "ties": 0.6, "tsv_m": 1.0, "iso_c": 1.0, "iso_cts": 1.0}
-COARSE, FINE = 1.6, 1.6 ** (1 / 3)
-
-Options = Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One row of the table: purifiers in order, then a rule."""
-
-    rule: str
-    purify: tuple[str, ...] = ()
-    options: Options = field(default_factory=dict)
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """The columns purify, options and rule, which name the row."""
-        return "+".join(self.purify), json.dumps(self.options, sort_keys=True), self.rule
-
+COARSE, FINE = 1.6, 1 / 3  # factor of a step of the search, and its part in the end
 
 # PACT's settings by name. Ranks below 1 are shares of min(m, n), whole numbers are counts.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -70,86 +52,86 @@ CHOSEN = {
 }
 
 
-def recipes(seed: int) -> list[Recipe]:
+def recipes(seed: int) -> list[mp.Recipe]:
     """All rows for a zoo, the most important first."""
-    found = [_recipe(rule, purify, {}) for purify in ((), ("pact",), ("sift",)) for rule in RULES]
-    found += [_recipe(rule, ("pact",), SETTINGS[name]) for rule, name in CHOSEN.items()]
-    found += [_recipe(rule, ("pact",), SETTINGS["released"]) for rule in RULES]
+    found = [recipe(rule, purify) for purify in ((), ("pact",), ("sift",)) for rule in RULES]
+    found += [recipe(rule, ("pact",), SETTINGS[name]) for rule, name in CHOSEN.items()]
+    found += [recipe(rule, ("pact",), SETTINGS["released"]) for rule in RULES]
     if seed == 0:
-        found += [
-            _recipe(r, ("pact",), options) for r in PLAIN_RULES for options in SETTINGS.values()
-        ]
-    return list({recipe.key: recipe for recipe in found}.values())
+        searched = [(rule, options) for rule in PLAIN_RULES for options in SETTINGS.values()]
+        found += [recipe(rule, ("pact",), options) for rule, options in searched]
+        found += with_mean_vectors()
+    return list({key(row): row for row in found}.values())
 
 
-def _recipe(rule: str, purify: tuple[str, ...], pact: Mapping[str, Any]) -> Recipe:
-    """Purifier, rule and PACT's options; DARE comes last, so that shields are those of whole matrices."""
+def with_mean_vectors() -> list[mp.Recipe]:
+    """Rows whose vectors are the plain mean of the task vectors, whatever the scale of the matrices."""
+    found = []
+    for rule in ("task_arithmetic", "ties", "tsv_m", "iso_c"):
+        found.append(recipe(rule, vectors="mean"))
+        found.append(recipe(rule, ("pact",), vectors="mean"))
+        found.append(recipe(rule, ("pact",), SETTINGS["tol 0.1"], vectors="mean"))
+    return found
+
+
+def recipe(
+    rule: str,
+    purify: tuple[str, ...] = (),
+    pact: Mapping[str, Any] | None = None,
+    vectors: str = "rule",
+) -> mp.Recipe:
+    """Purifiers, rule and PACT's options; DARE comes last, so that shields are those of whole matrices."""
     *thinning, name = rule.split("+")
-    return Recipe(name, (*purify, *thinning), {"pact": dict(pact)} if pact else {})
+    options = {"pact": pact} if pact else {}
+    return mp.Recipe(name, (*purify, *thinning), options, vectors=vectors)
 
 
-class Judge:
-    """Mean accuracy over a zoo's tasks, with the pictures of both splits in memory."""
-
-    def __init__(self, zoo: Zoo) -> None:
-        self.tower: nn.Module = image_tower(zoo.info["model"])
-        self.heads = zoo.heads
-        self.data = {split: {t: load(t, split) for t in zoo.tasks} for split in ("val", "test")}
-        self.pixels = {
-            split: {t: to_tensor(images) for t, (images, _) in found.items()}
-            for split, found in self.data.items()
-        }
-
-    def accuracies(self, weights: Mapping[str, Tensor], split: str) -> np.ndarray:
-        """Accuracy on every task, in the zoo's order."""
-        self.tower.load_state_dict({k.removeprefix("visual."): x for k, x in weights.items()})
-        marks = []
-        for task, pixels in self.pixels[split].items():
-            best = logits(self.tower, self.heads[task], pixels).argmax(-1).numpy()
-            marks.append((best == self.data[split][task][1]).mean())
-        return np.array(marks)
+def key(row: mp.Recipe) -> tuple[str, str, str, str]:
+    """What the columns of KEY say of a recipe, which name its row."""
+    options = json.dumps(row.options, sort_keys=True)
+    return "+".join(row.purify), options, row.rule, row.vectors
 
 
-def best_scale(score: Callable[[float], float], start: float) -> tuple[float, float]:
+def best_scale(
+    merged: mp.Merged, score: Callable[[mp.Merged], float], start: float
+) -> tuple[float, float]:
     """Climb from start in coarse steps until both neighbours are worse, then try two finer ones.
 
     Returns:
         The scale, rounded to three digits, and its score.
     """
-    seen: dict[float, float] = {}
+    scores: dict[float, float] = {}
 
-    def mark(scale: float) -> float:
-        scale = float(f"{scale:.3g}")
-        if scale not in seen:
-            seen[scale] = score(scale)
-        return seen[scale]
+    def mark(steps: float) -> float:
+        scale = float(f"{start * COARSE**steps:.3g}")
+        if scale not in scores:
+            scores.update(mp.sweep(merged, score, [scale]).scores)
+        return scores[scale]
 
     step = 0
     while True:
-        here = max((step, step + 1, step - 1), key=lambda i: mark(start * COARSE**i))
-        if here == step:
+        better = max((step, step + 1, step - 1), key=mark)
+        if better == step:
             break
-        step = here
-    for factor in (1 / FINE, FINE):
-        mark(start * COARSE**step * factor)
-    best = max(seen, key=lambda scale: seen[scale])
-    return best, seen[best]
+        step = better
+    for finer in (step - FINE, step + FINE):
+        mark(finer)
+    best = max(scores, key=lambda scale: scores[scale])
+    return best, scores[best]
 
 
-def measure(zoo: Zoo, judge: Judge, recipe: Recipe) -> dict[str, Any]:
+def measure(zoo: Zoo, judge: Judge, row: mp.Recipe) -> dict[str, Any]:
     """Merge once, choose the scale on validation data, measure on test data."""
-    delta = mp.merged_delta(
-        zoo.base, zoo.tasks, rule=recipe.rule, purify=recipe.purify, options=recipe.options
-    )
-    scale, val = best_scale(
-        lambda a: float(judge.accuracies(delta.apply_to(zoo.base, a), "val").mean()),
-        START[recipe.rule],
-    )
-    test = judge.accuracies(delta.apply_to(zoo.base, scale), "test")
+
+    def accuracies(weights: mp.Merged, split: str) -> np.ndarray:
+        return np.array(list(judge.accuracies(weights, split).values()))
+
+    merged = mp.Merged(zoo.base, zoo.tasks, **row.keywords())
+    scale, val = best_scale(merged, lambda x: accuracies(x, "val").mean(), START[row.rule])
+    test = accuracies(merged.at(scale), "test")
     own = np.array([zoo.info["tasks"][task]["finetuned"] for task in zoo.tasks])
-    purify, options, rule = recipe.key
     return {
-        "seed": zoo.info["seed"], "purify": purify, "options": options, "rule": rule, "scale": scale,
+        "seed": zoo.info["seed"], **dict(zip(KEY, key(row), strict=True)), "scale": scale,
         "val": f"{val:.4f}", "test": f"{test.mean():.4f}", "normalised": f"{(test / own).mean():.4f}",
     }  # fmt: skip
 
@@ -169,13 +151,13 @@ def write(table: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     os.replace(part, table)
 
 
-def fill(zoo: Zoo, table: Path, wanted: Iterable[Recipe]) -> int:
+def fill(zoo: Zoo, judge: Judge, table: Path, wanted: Iterable[mp.Recipe]) -> int:
     """Measure what the table lacks for this zoo; returns the number of new rows."""
-    seed, judge, new = str(zoo.info["seed"]), Judge(zoo), 0
-    there = {(r["seed"], r["purify"], r["options"], r["rule"]) for r in read(table)}
-    missing = [recipe for recipe in wanted if (seed, *recipe.key) not in there]
-    for recipe in tqdm(missing, desc=f"zoo {seed}", unit="row"):
-        write(table, [*read(table), measure(zoo, judge, recipe)])
+    seed, new = str(zoo.info["seed"]), 0
+    there = {tuple(row[column] for column in ("seed", *KEY)) for row in read(table)}
+    missing = [row for row in wanted if (seed, *key(row)) not in there]
+    for row in tqdm(missing, desc=f"zoo {seed}", unit="row"):
+        write(table, [*read(table), measure(zoo, judge, row)])
         new += 1
     return new
 
@@ -188,7 +170,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     zoo = load_zoo(arguments.zoo)
-    new = fill(zoo, arguments.table, recipes(zoo.info["seed"]))
+    judge = Judge(zoo.info["model"], zoo.heads)
+    new = fill(zoo, judge, arguments.table, recipes(zoo.info["seed"]))
     print(f"{new} new rows in {arguments.table}")
 
 

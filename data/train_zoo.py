@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 
 from tasks import TASKS, load, pretrain_world, to_tensor
-from zoo_io import State, accuracy, image_tower, write_sums
+from zoo_io import Judge, State, image_tower, write_sums
 
 MODEL: dict[str, Any] = {
     "embed_dim": 96,
@@ -206,28 +206,21 @@ def measure(
     base: State, tasks: dict[str, State], heads: dict[str, Tensor], device: torch.device
 ) -> dict[str, Any]:
     """Accuracies on the test split; the scale of task arithmetic is chosen on the validation split."""
-    splits = {split: {t: load(t, split) for t in TASKS} for split in ("val", "test")}
-
-    def score(weights: State, split: str) -> dict[str, float]:
-        tower = image_tower(MODEL, weights).to(device)
-        return {t: accuracy(tower, heads[t], *splits[split][t]) for t in TASKS}
-
+    score = Judge(MODEL, heads, device).accuracies
     curve = {}
     for scale in tqdm([0.0, *SCALES], "task arithmetic on validation data", disable=None):
-        curve[scale] = float(np.mean(list(score(combine(base, tasks, scale), "val").values())))
+        merged = combine(base, tasks, scale)
+        curve[scale] = float(np.mean(list(score(merged, "val").values())))
     best = max(curve, key=lambda scale: curve[scale])
-    zero_shot, merged = score(base, "test"), score(combine(base, tasks, best), "test")
-    own = {
-        t: accuracy(image_tower(MODEL, w).to(device), heads[t], *splits["test"][t])
-        for t, w in tasks.items()
-    }
+    zero_shot, added = score(base), score(combine(base, tasks, best))
+    own = {task: score(weights, only=[task])[task] for task, weights in tasks.items()}
     per_task = {
         t: {
             "classes": len(TASKS[t].classes),
             "chance": 1 / len(TASKS[t].classes),
             "zero_shot": zero_shot[t],
             "finetuned": own[t],
-            "task_arithmetic": merged[t],
+            "task_arithmetic": added[t],
         }
         for t in TASKS
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from tasks import TASKS, to_tensor
+from tasks import load, to_tensor
 
 State = dict[str, Tensor]
+Pictures = tuple[np.ndarray, np.ndarray]
+Encoder = Callable[[Tensor], Tensor]
 
 
 class ZooError(ValueError):
@@ -30,7 +33,7 @@ class Zoo:
 
     Attributes:
         info: zoo.json. base: name -> float32 tensor. tasks: task -> state dict with the same names.
-        heads: task -> [classes, embed_dim], rows of unit length.
+        heads: task -> [classes, embed_dim], rows of unit length, in the order of the tasks.
     """
 
     info: dict[str, Any]
@@ -46,9 +49,11 @@ def load_zoo(folder: Path) -> Zoo:
         ZooError: a file is missing or differs from its checksum; the message names it.
     """
     verify(folder)
-    heads = load_file(folder / "heads.safetensors")
     info = json.loads((folder / "zoo.json").read_text())
-    return Zoo(info, _tower(folder, "base"), {t: _tower(folder, t) for t in info["tasks"]}, heads)
+    stored = load_file(folder / "heads.safetensors")
+    heads = {task: stored[task] for task in info["tasks"]}
+    tasks = {task: _tower(folder, task) for task in info["tasks"]}
+    return Zoo(info, _tower(folder, "base"), tasks, heads)
 
 
 def verify(folder: Path) -> None:
@@ -86,17 +91,64 @@ def image_tower(config: dict[str, Any], weights: State | None = None) -> nn.Modu
     return tower.eval()
 
 
+# ---- Accuracy ------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
-def logits(tower: nn.Module, head: Tensor, pixels: Tensor, batch: int = 100) -> Tensor:
+def logits(tower: Encoder, head: Tensor, pixels: Tensor, batch: int = 100) -> Tensor:
     """Cosines [N, classes] between image embeddings and class embeddings."""
     return torch.cat([normalize(tower(x), dim=-1) @ head.mT for x in pixels.split(batch)])
+
+
+def hits(tower: Encoder, head: Tensor, pixels: Tensor, labels: Tensor, batch: int = 100) -> int:
+    """How many images [N, 3, height, width] are nearest to the class embedding of their label [N]."""
+    found = logits(tower, head, pixels, batch).argmax(-1).cpu()
+    return int((found == labels).sum())
 
 
 def accuracy(tower: nn.Module, head: Tensor, images: np.ndarray, labels: np.ndarray) -> float:
     """Share of images [N, 32, 32, 3] whose nearest class embedding is the right one."""
     device = next(tower.parameters()).device
-    found = logits(tower, head.to(device), to_tensor(images).to(device)).argmax(-1).cpu().numpy()
-    return float((found == labels).mean())
+    pixels = to_tensor(images).to(device)
+    return hits(tower, head.to(device), pixels, torch.from_numpy(labels)) / len(labels)
 
 
-__all__ = ["TASKS", "Zoo", "ZooError", "accuracy", "image_tower", "load_zoo", "logits", "verify"]
+class Judge:
+    """Accuracies of many weights on the tasks of a zoo; pictures are drawn once and kept on the device.
+
+    Args:
+        config: of the image tower, as in zoo.json.
+        heads: task -> class embeddings.
+        device: where the tower works.
+        pictures: (task, split) -> images [N, 32, 32, 3] and labels [N].
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        heads: Mapping[str, Tensor],
+        device: torch.device | str = "cpu",
+        pictures: Callable[[str, str], Pictures] = load,
+    ) -> None:
+        self.tower = image_tower(config).to(device)
+        self.heads = {task: head.to(device) for task, head in heads.items()}
+        self.device, self.pictures = device, pictures
+        self._kept: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+
+    def accuracies(
+        self, weights: Mapping[str, Tensor], split: str = "test", only: Iterable[str] | None = None
+    ) -> dict[str, float]:
+        """Share of right answers in 0..1 on every task, or on some, with these weights in the tower."""
+        self.tower.load_state_dict({k.removeprefix("visual."): x for k, x in weights.items()})
+        found = {}
+        for task in self.heads if only is None else only:
+            pixels, labels = self._drawn(task, split)
+            found[task] = hits(self.tower, self.heads[task], pixels, labels) / len(labels)
+        return found
+
+    def _drawn(self, task: str, split: str) -> tuple[Tensor, Tensor]:
+        if (task, split) not in self._kept:
+            images, labels = self.pictures(task, split)
+            pixels = to_tensor(images).to(self.device)
+            self._kept[task, split] = pixels, torch.from_numpy(labels)
+        return self._kept[task, split]

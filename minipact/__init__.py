@@ -1,91 +1,42 @@
-"""minipact: model merging from task arithmetic to PACT, in one PyTorch module."""
+"""minipact: model merging from task arithmetic to PACT. A name loads its room when it is first asked for."""
 
-from minipact.diagnostics import (
-    ablate_subspace,
-    axis_profile,
-    hidden_interference,
-    intrusion_energy,
-    lbw_basis,
-    lbw_similarity,
-    random_subspace,
-    shield_basis,
-    singular_task_interference,
-    tsv_compress,
-    tsv_decompress,
-)
-from minipact.merging import (
-    METHODS,
-    MergeError,
-    Method,
-    Plan,
-    Step,
-    dare,
-    default_policy,
-    iso_c,
-    iso_cts,
-    merge,
-    merge_iter,
-    pact,
-    plan,
-    sift,
-    task_arithmetic,
-    ties,
-    tsv_m,
-)
-from minipact.parallel import threads
-from minipact.statistics import (
-    LBWMasks,
-    benjamini_hochberg,
-    cohens_d,
-    enrichment,
-    fisher,
-    lbw_mask,
-    overwrite,
-    permutation_test,
-)
-from minipact.task_vectors import TaskVector, merged_delta, task_vector
+from importlib import import_module
+
 from minipact.version import __version__
 
-__all__ = [
-    "METHODS",
-    "LBWMasks",
-    "MergeError",
-    "Method",
-    "Plan",
-    "Step",
-    "TaskVector",
-    "ablate_subspace",
-    "axis_profile",
-    "benjamini_hochberg",
-    "cohens_d",
-    "dare",
-    "default_policy",
-    "enrichment",
-    "fisher",
-    "hidden_interference",
-    "intrusion_energy",
-    "iso_c",
-    "iso_cts",
-    "lbw_basis",
-    "lbw_mask",
-    "lbw_similarity",
-    "merge",
-    "merge_iter",
-    "merged_delta",
-    "overwrite",
-    "pact",
-    "permutation_test",
-    "plan",
-    "random_subspace",
-    "shield_basis",
-    "sift",
-    "singular_task_interference",
-    "task_arithmetic",
-    "task_vector",
-    "threads",
-    "ties",
-    "tsv_compress",
-    "tsv_decompress",
-    "tsv_m",
-    "__version__",
-]
+ROOMS = {  # room -> names; __init__.pyi says the same to type checkers
+    "checkpoints": "open_checkpoint",
+    "data_statistics": "fisher",
+    "diagnostics": "ablate_subspace axis_profile hidden_interference intrusion_energy lbw_basis "
+    "lbw_similarity random_subspace shield_basis singular_task_interference",
+    "errors": "CheckpointError MergeError",
+    "job": "merge_files",
+    "lbw_weights": "LBWMasks benjamini_hochberg cohens_d enrichment lbw_mask overwrite permutation_test",
+    "merging": "METHODS Merged Step Sweep default_policy merge sweep",
+    "methods": "Method Walls dare iso_c iso_cts load_bearing_walls pact register sift task_arithmetic "
+    "ties tsv_m",
+    "output": "save_checkpoint",
+    "per_task": "tsv_compress tsv_decompress",
+    "recipe": "Recipe",
+    "task_vectors": "TaskVector merged_delta task_vector",
+}
+HOMES = {name: room for room, names in ROOMS.items() for name in names.split()}
+REPLACED = {  # names of 0.1.0 without a successor of the same kind
+    "plan": "Merged(base, tasks, ...), which checks at once and computes when asked",
+    "Plan": "Merged",
+    "merge_iter": "Merged(base, tasks, ...).items()",
+    "threads": "merge(..., threads=N), or Merged(...).map(..., threads=N)",
+}
+__all__ = ["__version__", *HOMES]
+
+
+def __getattr__(name: str) -> object:
+    if name in HOMES:
+        return getattr(import_module(f"minipact.{HOMES[name]}"), name)
+    if name in REPLACED:
+        raise AttributeError(f"minipact.{name} is gone since 0.2.0: use {REPLACED[name]}")
+    raise AttributeError(f"module 'minipact' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipact.checkpoints import Checkpoint, CheckpointError, open_checkpoint
+from minipact.checkpoints import Checkpoint, open_checkpoint
+from minipact.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -109,6 +110,14 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
+def adapter_files(path: Path) -> list[Path]:
+    """Configuration and weights of an adapter's folder. Raises CheckpointError where the weights lack."""
+    found = [path / name for name in WEIGHTS if (path / name).is_file()]
+    if not found:
+        raise CheckpointError(f"{path} holds {CONFIG} but no {WEIGHTS[0]}: fetch it again")
+    return [path / CONFIG, found[0]]
+
+
 def open_adapter(path: Path, base: Checkpoint) -> Adapter:
     """Open the folder of a PEFT LoRA adapter on its base model.
 
@@ -116,10 +125,8 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
         CheckpointError: damaged, of an unsupported kind, or made for another base.
     """
     config = _config(path / CONFIG)
-    found = [path / name for name in WEIGHTS if (path / name).is_file()]
-    if not found:
-        raise CheckpointError(f"{path} holds {CONFIG} but no {WEIGHTS[0]}: fetch it again")
-    stored = open_checkpoint(found[0])
+    weights = adapter_files(path)[1]
+    stored = open_checkpoint(weights)
     factors, replaced = {}, {}
     for key in stored:
         module = key.removeprefix("base_model.model.")
@@ -134,7 +141,7 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
                 _check_fit(name, factors[name], stored, base, path)
         elif "lora_" in module:
             raise CheckpointError(
-                f"{found[0]}: '{key}' belongs to no plain LoRA (DoRA, for one): merge it into its base "
+                f"{weights}: '{key}' belongs to no plain LoRA (DoRA, for one): merge it into its base "
                 "with PEFT's merge_and_unload() and give the result"
             )
         elif ".original_module." not in module:  # PEFT's copy of the base's own

@@ -1,68 +1,28 @@
 """Diagnoses of task matrices from the weights alone: where tasks collide, and on what they rely.
 
 Everything acts on the base weight W0 [m, n] and the task matrices D [T, m, n] of one weight; average over
-the weights of a model as the papers do. Needs `minipact.merging` and torch only.
+the weights of a model as the papers do.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
 
-from minipact.merging import (
-    Generator,
-    MergeError,
+from minipact.errors import MergeError, check_known
+from minipact.methods import (
+    RNG,
     Rank,
-    _check_known,
-    _check_stack,
-    _coordinates,
-    _core,
-    _leading_svd,
-    _lift,
-    _orth,
-    _reliance,
-    _union,
+    Walls,
+    check_stack,
+    core_directions,
+    is_finite,
+    load_bearing_walls,
+    widened,
 )
-
-# ---- Task singular vectors -----------------------------------------------------------------------
-
-
-def tsv_compress(
-    D: Tensor, *, rank: Rank | None = None, svd: str = "exact", generator: Generator = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """TSV-Compress: keep the leading singular triples of each task matrix.
-
-    Args:
-        D: [T, m, n] task matrices.
-        rank: k, triples per task: count, share or energy as in `pact`; None is min(m, n) // T, at
-            least 1, so that all tasks together take about the room of two matrices, whatever T.
-        svd, generator: as in `pact`.
-
-    Returns:
-        U [T, m, k], S [T, k] descending, V [T, n, k] in D's dtype; where a task has fewer than k
-        directions, the rest is zero. Source: Gargiulo et al. 2025, section 3.1 (arXiv 2412.00081).
-
-    Raises:
-        MergeError: D is not a finite stack of matrices, or an option is out of range.
-    """
-    _check_stack(D)
-    k = max(1, min(D.shape[1:]) // len(D)) if rank is None else rank
-    triples = [_leading_svd(d, k, svd, generator) for d in D]
-    width = max(len(s) for _, s, _ in triples)
-    padded = [[_widened(x, width) for x in parts] for parts in zip(*triples, strict=True)]
-    u, s, v = (torch.stack(parts).to(D.dtype) for parts in padded)
-    return u, s, v
-
-
-def _widened(x: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
-
-
-def tsv_decompress(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
-    """Task matrices [T, m, n] out of `tsv_compress`' U [T, m, k], S [T, k], V [T, n, k]."""
-    return (U * S.unsqueeze(-2)) @ V.mT
+from minipact.per_task import tsv_compress
 
 
 def singular_task_interference(
@@ -81,71 +41,58 @@ def singular_task_interference(
     Raises:
         MergeError: D is not a finite stack of matrices, or an option is out of range.
     """
-    _check_known("norm", [norm], ("entrywise", "induced"))
-    u, s, v = (x.double() for x in tsv_compress(_lift(D), rank=rank))
-    u, s, v = u.transpose(0, 1).flatten(1), s.flatten(), v.transpose(0, 1).flatten(1)
-    overlap_u, overlap_v = (x.mT @ x - torch.eye(len(s)).to(x) for x in (u, v))
-    columns = (overlap_u @ (s[:, None] * overlap_v)).abs().sum(0)
+    check_known("norm", [norm], ("entrywise", "induced"))
+    u, s, v = (x.double() for x in tsv_compress(widened(D), rank=rank))
+    product = triples_interference(torch.cat([*u], 1), s.flatten(), torch.cat([*v], 1))
+    columns = product.abs().sum(0)
     return float(columns.sum() if norm == "entrywise" else max(columns, default=0.0))
+
+
+def triples_interference(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+    """(U^T U - I) diag(S) (V^T V - I) of the triples of all tasks, U [m, c], S [c], V [n, c]: [c, c]."""
+    eye = torch.eye(len(s)).to(s)
+    return ((u.mT @ u - eye) * s) @ (v.mT @ v - eye)
 
 
 # ---- Load-bearing walls as subspaces -------------------------------------------------------------
 
 
 def lbw_basis(
-    W0: Tensor,
-    D_t: Tensor,
-    *,
-    core: Rank = 0.05,
-    task: Rank = 0.04,
-    tol: float = 1e-3,
-    svd: str = "exact",
-    generator: Generator = None,
-) -> Tensor:
+    W0: Tensor, D_t: Tensor, *, core: Rank = 0.05, task: Rank = 0.04, tol: float = 1e-3,
+    svd: str = "exact", generator: RNG = None,
+) -> Tensor:  # fmt: skip
     """LBW subspace of one task: the part of the pre-trained core that its own update leaves alone.
 
     Orthonormal basis [n, r] of the span of V_0 - V_t V_t^T V_0, with V_0 [n, K] the core of W0 [m, n]
     and V_t [n, k] the leading right singular vectors of D_t [m, n] (Shi et al. 2026), in D_t's dtype.
     Keywords core, task, tol, svd, generator and errors as in `pact`.
     """
-    _check_stack(D_t[None], W0)
-    frame, reliance = _reliance(W0, D_t[None], core, task, tol, svd, generator)
-    return (frame @ reliance[0]).to(D_t.dtype)
+    walls = load_bearing_walls(
+        W0, D_t[None], core=core, task=task, tol=tol, svd=svd, generator=generator
+    )
+    return (walls.frame @ walls.bases[0]).to(D_t.dtype)
 
 
 def shield_basis(
-    W0: Tensor,
-    D: Tensor,
-    j: int,
-    *,
-    core: Rank = 0.05,
-    task: Rank = 0.04,
-    tol: float = 1e-3,
-    svd: str = "exact",
-    generator: Generator = None,
-) -> Tensor:
+    W0: Tensor, D: Tensor, j: int, *, core: Rank = 0.05, task: Rank = 0.04, tol: float = 1e-3,
+    svd: str = "exact", generator: RNG = None,
+) -> Tensor:  # fmt: skip
     """Shield of task j: orthonormal basis [n, p] of the union of the other tasks' LBW subspaces.
 
     p is the numerical rank of the union at `tol`, at most min(n, K + (T - 1) k); 0 for one task alone.
     Keywords core, task, tol, svd, generator and errors as in `pact`; in D's dtype.
     """
-    _check_stack(D, W0)
+    check_stack(D, W0)
     if not 0 <= j < len(D):
         raise MergeError(f"task index j={j} is out of range for {len(D)} tasks")
-    frame, reliance = _reliance(W0, D, core, task, tol, svd, generator)
-    return (frame @ _union(reliance, j, tol)).to(D.dtype)
+    walls = load_bearing_walls(W0, D, core=core, task=task, tol=tol, svd=svd, generator=generator)
+    return walls.shield(j).to(D.dtype)
 
 
 def lbw_similarity(
-    W0: Tensor,
-    D: Tensor,
-    *,
-    core: Rank = 0.05,
-    task: Rank = 0.04,
-    tol: float = 1e-3,
-    svd: str = "exact",
-    generator: Generator = None,
-) -> Tensor:
+    W0: Tensor, D: Tensor, *, core: Rank = 0.05, task: Rank = 0.04, tol: float = 1e-3,
+    svd: str = "exact", generator: RNG = None,
+) -> Tensor:  # fmt: skip
     """Similarity of the tasks' LBW subspaces, [T, T] in float64, entries in [0, 1], diagonal 1.
 
     Sim(A, B) = ||B_A^T B_B||_F^2 / min(r_A, r_B) with the orthonormal bases B of `lbw_basis`. All of
@@ -153,21 +100,14 @@ def lbw_similarity(
     random. NaN where a subspace is empty. Arguments and errors as in `pact`. Source: Shi et al. 2026
     (arXiv 2606.18627), released analysis.
     """
-    bases, _ = _walls_and_updates(W0, D, core, task, tol, svd, generator)
-    rows = [[_overlap(a, b, min(a.shape[1], b.shape[1])) for b in bases] for a in bases]
-    return torch.tensor(rows, dtype=torch.float64)
+    walls = load_bearing_walls(W0, D, core=core, task=task, tol=tol, svd=svd, generator=generator)
+    return similarities(walls)
 
 
 def hidden_interference(
-    W0: Tensor,
-    D: Tensor,
-    *,
-    core: Rank = 0.05,
-    task: Rank = 0.04,
-    tol: float = 1e-3,
-    svd: str = "exact",
-    generator: Generator = None,
-) -> Tensor:
+    W0: Tensor, D: Tensor, *, core: Rank = 0.05, task: Rank = 0.04, tol: float = 1e-3,
+    svd: str = "exact", generator: RNG = None,
+) -> Tensor:  # fmt: skip
     """Share of each task's leading update directions that lies in another task's LBW subspace.
 
     [T, T] in float64: row B is the interferer, column A the victim, ||V_B^T B_A||_F^2 / k_B with V_B
@@ -176,51 +116,55 @@ def hidden_interference(
     no update. Arguments and errors as in `pact`. Source: Shi et al. 2026 (arXiv 2606.18627), released
     analysis.
     """
-    bases, updates = _walls_and_updates(W0, D, core, task, tol, svd, generator)
-    rows = [[_overlap(v, b, v.shape[1]) for b in bases] for v in updates]
+    walls = load_bearing_walls(W0, D, core=core, task=task, tol=tol, svd=svd, generator=generator)
+    return interferences(walls)
+
+
+def similarities(walls: Walls) -> Tensor:
+    """`lbw_similarity` of walls that are known."""
+    bases = walls.bases
+    rows = [[overlap(a, b, min(a.shape[1], b.shape[1])) for b in bases] for a in bases]
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def _walls_and_updates(
-    W0: Tensor, D: Tensor, core: Rank, task: Rank, tol: float, svd: str, generator: Generator
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Per task its LBW basis and its leading update directions, as coordinates in one frame."""
-    _check_stack(D, W0)
-    if not 0 <= tol < 1:
-        raise MergeError(f"tol={tol} must satisfy 0 <= tol < 1")
-    _, c0, own = _coordinates(W0, D, core, task, svd, generator)
-    return [_orth(c0 - c @ (c.mT @ c0), tol) for c in own], own
+def interferences(walls: Walls) -> Tensor:
+    """`hidden_interference` of walls that are known."""
+    rows = [[overlap(v, b, v.shape[1]) for b in walls.bases] for v in walls.updates]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
-def _overlap(a: Tensor, b: Tensor, size: int) -> float:
-    return float((a.mT @ b).square().sum()) / size if size else float("nan")
+def overlap(a: Tensor, b: Tensor, size: int) -> float:
+    """||A^T B||_F^2 / size of orthonormal bases A [q, r] and B [q, s]; NaN for size 0."""
+    return float((a.mT @ b).square().sum()) / size if size else math.nan
 
 
-def intrusion_energy(W0: Tensor, D: Tensor, *, core: Rank = 0.05, **settings: Any) -> Tensor:
+def intrusion_energy(
+    W0: Tensor, D: Tensor, *, core: Rank = 0.05, svd: str = "exact", generator: RNG = None
+) -> Tensor:
     """Share of each task matrix that acts on the pre-trained core, [T] in float64.
 
     ||D_t V_0||_F^2 / ||D_t||_F^2 with V_0 [n, K] the leading right singular vectors of W0; about K / n
     for a task matrix without preference, 1 for a full core, 0 for a zero task matrix. Keywords core,
     svd, generator and errors as in `pact`. Source: Shi et al. 2026 (arXiv 2606.18627), released analysis.
     """
-    return axis_profile(W0, D, core=core, **settings).sum(1)
+    return axis_profile(W0, D, core=core, svd=svd, generator=generator).sum(1)
 
 
 def axis_profile(
-    W0: Tensor, D: Tensor, *, core: Rank = 0.05, svd: str = "exact", generator: Generator = None
+    W0: Tensor, D: Tensor, *, core: Rank = 0.05, svd: str = "exact", generator: RNG = None
 ) -> Tensor:
     """Share of each task matrix on every single core direction, [T, K] in float64.
 
     ||D_t v_i||^2 / ||D_t||_F^2 for the leading right singular vectors v_i of W0; rows sum to
     `intrusion_energy`. Keywords and errors as in `pact`.
     """
-    _check_stack(D, W0)
-    if not torch.isfinite(D).all():
+    check_stack(D, W0)
+    if not is_finite(D):
         raise MergeError("D holds NaN or infinity: check the checkpoints it comes from")
-    v0 = _core(W0, core, svd, generator)
+    v0 = core_directions(W0, core, svd, generator)
     wide = D.double()
     energy = wide.square().sum((1, 2)).clamp(min=1e-300)
-    return (wide @ v0).square().sum(1) / energy.unsqueeze(1)
+    return (wide @ v0).square().sum(1) / energy[:, None]
 
 
 # ---- Ablation of subspaces -----------------------------------------------------------------------
@@ -234,13 +178,14 @@ def ablate_subspace(X: Tensor, basis: Tensor) -> Tensor:
     """
     if basis.ndim != 2 or basis.shape[0] != X.shape[-1]:
         raise MergeError(f"basis {tuple(basis.shape)} does not fit X {tuple(X.shape)}: use [n, p]")
-    p = basis.to(_lift(X))
+    x = widened(X)
+    p = basis.to(x)
     if not torch.allclose(p.mT @ p, torch.eye(p.shape[1]).to(p), atol=1e-2):
         raise MergeError("the columns of basis must be orthonormal: use torch.linalg.qr(basis).Q")
-    return (_lift(X) - (_lift(X) @ p) @ p.mT).to(X.dtype)
+    return (x - x @ p @ p.mT).to(X.dtype)
 
 
-def random_subspace(avoid: Tensor, size: int, *, generator: Generator = None) -> Tensor:
+def random_subspace(avoid: Tensor, size: int, *, generator: RNG = None) -> Tensor:
     """Random orthonormal basis [n, size] in float64, orthogonal to the orthonormal columns of `avoid` [n, K].
 
     The control of a subspace ablation: as many directions, but none of the core.

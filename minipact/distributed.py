@@ -13,7 +13,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 
 
@@ -35,6 +34,11 @@ def size() -> int:
 def _number(variable: str) -> int:
     text = os.environ.get(variable, "")
     return int(text) if text.isdecimal() else 0
+
+
+def has_joined() -> bool:
+    """Whether this process works together with others already."""
+    return dist.is_initialized()
 
 
 def local_device() -> str:
@@ -64,14 +68,6 @@ def _peers() -> Iterator[None]:
         raise PeerError(
             "another process of this run has ended early; its own message tells why"
         ) from error
-
-
-def add_up(counts: Tensor) -> Tensor:
-    """Sum of an integer tensor over all processes."""
-    if size() > 1:
-        with _peers():
-            dist.all_reduce(counts)
-    return counts
 
 
 def from_first(value: Any) -> Any:

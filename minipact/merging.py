@@ -1,451 +1,77 @@
-"""Model merging in one file: task arithmetic, TIES, DARE, TSV-M, Iso-C, Iso-CTS, SIFT and PACT.
+"""The engine: one lazy mapping, `Merged`, from a base and fine-tuned models to the merged model.
 
-Needs torch only: copy this file into any project. Everything is one pipeline, *purify, then merge*:
-
-    for each weight:  W0 [m, n] of the base, D [T, m, n] = the T task matrices W_t - W0
-        purifiers     (W0, D) -> D        pact, sift, dare, or your own function
-        one rule      D -> merged         task_arithmetic, ties, tsv_m, iso_c, iso_cts, or your own
-        result        W0 + scale * merged
-
-Shapes stand in square brackets: m outputs, n inputs, T tasks. Singular vectors are columns.
+For every tensor of the base: stack the task vectors, run the purifiers, run the rule, add the result to the
+base, scaled. All is checked by names, shapes and options before any weight is read. Tensors come one by one,
+so that neither inputs nor output need to fit into memory. Names no method: what a method needs is written
+in the registry, `minipact.methods`.
 """
 
 from __future__ import annotations
 
-import inspect
+import copy
 import math
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import reduce
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-Rank = int | float | str
+import minipact.per_task  # noqa: F401  enters its methods into the registry
+from minipact.errors import MergeError, check_known, listing
+from minipact.methods import METHODS as METHODS
+from minipact.methods import (
+    RANK_OPTIONS,
+    SUPPLIED,
+    Measure,
+    Method,
+    Options,
+    find_method,
+    is_finite,
+    is_registered,
+    is_zero,
+    named_generator,
+    parameters_of,
+    run_survey,
+)
+from minipact.parallel import in_threads
+from minipact.recipe import (
+    KINDS_OF_TENSOR,
+    Globs,
+    Policy,
+    Recipe,
+    Use,
+    as_globs,
+    as_methods,
+    dtype_name,
+)
+
 Device = str | torch.device
 State = Mapping[str, Tensor]
 States = Mapping[str, State]
 Tasks = Sequence[State] | States
-Weights = Mapping[str, float] | None
-Function = Callable[..., Tensor]
-Generator = torch.Generator | None
-Generators = Generator | Sequence[Generator]
-Triples = tuple[Tensor, Tensor, Tensor]
-Dtype = torch.dtype | None
-Notes = tuple[str, ...]
-Options = Mapping[str, Mapping[str, Any]]
 Factors = Sequence[float] | Mapping[str, float] | None
 Progress = Callable[[int, int, str], None] | None
-
-
-class MergeError(ValueError):
-    """Input or option that cannot be merged; the message names the tensor or option and the remedy."""
-
-
-# ---- Registry of methods -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Method:
-    """A purifier or a rule as `merge` sees it.
-
-    `scope` "matrix" acts on 2-D weights (a rule then gives vectors the mean), "tensor" on all. `scale` is
-    recommended, per value of `reduce` ("any" without), `needs` what `merge` supplies besides D, `given`
-    the options of this run, `patterns` globs of tensor names.
-    """
-
-    name: str
-    kind: str
-    function: Function
-    scope: str = "matrix"
-    source: str = ""
-    scale: Mapping[str, float] = field(default_factory=dict)
-    needs: tuple[str, ...] = ()
-    given: Mapping[str, Any] = field(default_factory=dict)
-    patterns: tuple[str, ...] = ("*",)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Names of the options with their defaults."""
-        parameters = inspect.signature(self.function).parameters.values()
-        supplied = ("W0", "D", "generator", "thresholds")
-        options = {p.name: p.default for p in parameters if p.name not in supplied}
-        if self.kind == "purifier" or "thresholds" in self.needs:
-            options["scope"] = None if self.kind == "purifier" else "global"
-        return options
-
-
-METHODS: dict[str, Method] = {}
-_F = TypeVar("_F", bound=Function)
-
-
-def _method(
-    kind: str, scope: str, source: str, needs: str = "", **scale: float
-) -> Callable[[_F], _F]:
-    """Decorator that enters a function on tensors into METHODS."""
-
-    def register(function: _F) -> _F:
-        name = function.__name__
-        METHODS[name] = Method(name, kind, function, scope, source, scale, tuple(needs.split()))
-        return function
-
-    return register
-
-
-# ---- Singular vectors ----------------------------------------------------------------------------
-
-
-def _rank_tolerance(dtype: torch.dtype) -> float:
-    """Share of the largest singular value below which a direction counts as rounding."""
-    return 1e-12 if dtype == torch.float64 else 1e-5
-
-
-def _svd(x: Tensor, tol: float, rank: Rank | None = None) -> Triples:
-    """SVD in float64 on the numerical range, S > tol S_1: U [m, k], S [k] descending, V [n, k].
-
-    With a rank, only the leading triples. From tol 1e-6 on it goes by the eigenvectors of the smaller
-    Gram matrix, faster than an SVD; it squares the singular values, so it cannot serve smaller ones.
-    """
-    if x.shape[0] < x.shape[1]:
-        v, s, u = _svd(x.mT, tol, rank)
-        return u, s, v
-    if not _is_finite(x):
-        raise MergeError("a matrix holds NaN or infinity: check the checkpoints it comes from")
-    x = x.double()
-    if tol < 1e-6:
-        u, s, vh = torch.linalg.svd(x, full_matrices=False)
-        v = vh.mT
-    else:
-        squares, v = torch.linalg.eigh(_gram(x))
-        s, v = squares.flip(0).clamp(min=0).sqrt(), v.flip(1)
-    k = int((s > tol * s[:1]).sum())
-    k = k if rank is None else min(k, _count(rank, min(x.shape), s[:k]))
-    s, v = s[:k], v[:, :k].contiguous()  # a view would keep all n x n of it
-    return (u[:, :k].contiguous() if tol < 1e-6 else x @ v / s), s, v
-
-
-def _gram(x: Tensor, block: int = 256) -> Tensor:
-    """x^T x [n, n], of which eigh reads the lower triangle: only the blocks that touch it are filled."""
-    gram = x.new_zeros(x.shape[1], x.shape[1])
-    for i in range(0, x.shape[1], block):
-        gram[i:, i : i + block] = x[:, i:].mT @ x[:, i : i + block]
-    return gram
-
-
-def _randomized_svd(
-    x: Tensor, count: int, generator: Generator, oversample: int = 10, power: int = 3
-) -> Triples:
-    """Leading singular triples by the range finder with power iterations (Halko et al. 2011)."""
-    shape = (x.shape[1], min(count + oversample, *x.shape))
-    source = generator.device if generator else "cpu"  # so that the numbers are the same elsewhere
-    sketch = torch.randn(shape, generator=generator, dtype=torch.float64, device=source)
-    q = torch.linalg.qr(x @ sketch.to(x)).Q
-    for _ in range(power):
-        q = torch.linalg.qr(x @ torch.linalg.qr(x.mT @ q).Q).Q
-    u, s, v = _svd(q.mT @ x, _rank_tolerance(x.dtype), min(count, shape[1]))
-    return q.double() @ u, s, v
-
-
-def _count(rank: Rank, size: int, spectrum: Tensor | None = None) -> int:
-    """Number of singular directions that a rank setting means for a matrix with min(m, n) = size."""
-    if isinstance(rank, str) and re.fullmatch(r"energy:(0?\.\d+|1(\.0*)?)", rank):
-        if spectrum is None:
-            raise MergeError(f"rank {rank!r} needs the whole spectrum: use svd='exact'")
-        held = spectrum.square().cumsum(0)
-        return int((held < float(rank[7:]) * held[-1:]).sum()) + 1 if len(held) else 0
-    if isinstance(rank, float) and 0 < rank < 1:
-        return max(1, int(rank * size + 1e-9))
-    if isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank <= size:
-        return rank
-    hint = "give a count from 0 to min(m, n), a share between 0 and 1, or 'energy:0.85'"
-    raise MergeError(f"rank {rank!r} does not fit a matrix: {hint}")
-
-
-def _leading_svd(x: Tensor, rank: Rank, svd: str, generator: Generator) -> Triples:
-    """Leading singular triples U [m, k], S [k], V [n, k] in float64, k at most the numerical rank."""
-    _check_known("svd", [svd], ("exact", "randomized"))
-    x, rank = _lift(x), "none" if rank is None else rank  # it would mean all of them to _svd
-    if svd == "randomized":
-        return _randomized_svd(x, _count(rank, min(x.shape)), generator)
-    return _svd(x, _rank_tolerance(x.dtype), rank)
-
-
-def _polar(x: Tensor, tol: float) -> Tensor:
-    """Polar factor U V^T of x = U S V^T on its numerical range: the nearest partial isometry.
-
-    Completing it to a full isometry would fill exactly the directions that PACT cleared.
-    """
-    u, _, v = _svd(x, tol)
-    return u @ v.mT
-
-
-# ---- Purifiers: (W0, D) -> D ---------------------------------------------------------------------
-
-
-@_method("purifier", "matrix", "Shi et al. 2026, arXiv 2606.18627", "base generator")
-def pact(
-    W0: Tensor,
-    D: Tensor,
-    *,
-    core: Rank = 0.05,
-    task: Rank = 0.04,
-    tol: float = 1e-3,
-    strength: float = 1.0,
-    svd: str = "exact",
-    generator: Generator = None,
-) -> Tensor:
-    """PACT: take out of each task matrix what would run over the other tasks' load-bearing walls.
-
-    D'_j = D_j - strength * D_j P_j P_j^T, where P_j = `shield_basis(W0, D, j)` spans what the other
-    tasks rely on. Source: Shi et al. 2026 (arXiv 2606.18627); `strength` below 1 is our extension.
-
-    Args:
-        W0: [m, n] pre-trained weight itself, not a difference.
-        D: [T, m, n] task matrices W_t - W0.
-        core: K, leading right singular directions of W0 that form the pre-trained core.
-        task: k, leading right singular directions of each D_t that count as its own update. Both: an
-            int is a count, a float in (0, 1) a share of min(m, n), at least 1, and "energy:0.85" the
-            smallest count with this share of the squared spectrum. They stop at the numerical rank.
-        tol: relative singular value above which a direction belongs to a basis. Small values protect
-            the full union of the other tasks' LBW subspaces; from about 0.2 on little more than the core.
-        strength: 0 leaves D as it is, 1 removes the shield entirely.
-        svd: "exact", or "randomized" (range finder, 10 extra columns, 3 power iterations, drawn from
-            `generator`): within 1 % in Frobenius norm where spectra decay like 1/i, else less close.
-
-    Returns [T, m, n] filtered task matrices in D's dtype; one task alone comes back unchanged. Raises
-    MergeError where shapes do not fit, W0 is zero, a rank is out of range, or an option is unknown.
-    """
-    _check_stack(D, W0)
-    if not 0 <= strength <= 1:
-        raise MergeError(f"strength={strength}: must lie between 0 and 1")
-    if len(D) == 1 or strength == 0:
-        return D.clone()
-    frame, reliance = _reliance(W0, D, core, task, tol, svd, generator)
-    filtered = torch.empty_like(D)
-    for j, d in enumerate(D):
-        filtered[j] = _remove(d, frame @ _union(reliance, j, tol), strength)
-    return filtered
-
-
-@_method("purifier", "matrix", "Shi et al. 2026, arXiv 2606.18627", "base generator")
-def sift(
-    W0: Tensor, D: Tensor, *, core: Rank = 0.05, svd: str = "exact", generator: Generator = None
-) -> Tensor:
-    """SIFT, PACT's static variant: take the pre-trained core out of every task matrix.
-
-    D'_t = D_t - D_t V_0 V_0^T with V_0 [n, K] the leading right singular vectors of W0. Equals
-    `pact` with task=0 for two tasks or more. Arguments, shapes and errors as in `pact`.
-    """
-    _check_stack(D, W0)
-    v0 = _core(W0, core, svd, generator)
-    return torch.stack([_remove(d, v0, 1.0) for d in D])
-
-
-@_method("purifier", "tensor", "Yu et al. 2024, arXiv 2311.03099", "generators")
-def dare(
-    D: Tensor, p: float = 0.9, *, rescale: bool = True, generator: Generators = None
-) -> Tensor:
-    """DARE: drop each entry with probability p, divide the rest by 1 - p (Yu et al. 2024, section 3).
-
-    D and the result are [T, ...], task matrices or vectors. rescale=False only drops. `generator` is one
-    for all tasks, or a sequence with one for each. Raises MergeError unless 0 <= p < 1.
-    """
-    if not 0 <= p < 1:
-        raise MergeError(f"p={p} must satisfy 0 <= p < 1")
-    per_task = generator if isinstance(generator, Sequence) else [generator] * len(D)
-    kept = torch.empty_like(D)
-    for d, out, g in zip(D, kept, per_task, strict=True):
-        draws = torch.rand(d.shape, generator=g, device=g.device if g else "cpu")
-        torch.mul(d, (draws >= p).to(d.device), out=out)
-    return kept.div_(1 - p) if rescale else kept
-
-
-def _core(W0: Tensor, core: Rank, svd: str, generator: Generator) -> Tensor:
-    """Leading right singular vectors of the pre-trained weight, V_0 [n, K] in float64."""
-    if core != 0 and not W0.any():
-        hint = "pass the weight itself, not a difference, or leave this tensor out (exclude, scope)"
-        raise MergeError(f"the pre-trained weight is zero, so it has no core to protect: {hint}")
-    return _leading_svd(W0, core, svd, generator)[2]
-
-
-def _coordinates(
-    W0: Tensor, D: Tensor, core: Rank, task: Rank, svd: str, generator: Generator
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Orthonormal frame [n, q] of V_0 and every V_t, q <= K + sum k_t, and their coordinates in it."""
-    v0 = _core(W0, core, svd, generator)
-    updates = [_leading_svd(d, task, svd, generator)[2] for d in D]
-    frame = torch.linalg.qr(torch.cat([v0, *updates], dim=1)).Q
-    return frame, frame.mT @ v0, [frame.mT @ v for v in updates]
-
-
-def _reliance(
-    W0: Tensor, D: Tensor, core: Rank, task: Rank, tol: float, svd: str, generator: Generator
-) -> tuple[Tensor, list[Tensor]]:
-    """Common frame [n, q], and in it every task's LBW basis [q, r_t], of V_0 - V_t V_t^T V_0."""
-    if not 0 <= tol < 1:
-        raise MergeError(f"tol={tol} must satisfy 0 <= tol < 1")
-    frame, c0, own = _coordinates(W0, D, core, task, svd, generator)
-    return frame, [_orth(c0 - c @ (c.mT @ c0), tol) for c in own]
-
-
-def _union(reliance: list[Tensor], j: int, tol: float) -> Tensor:
-    """Orthonormal basis [q, p] of the sum of all LBW subspaces but the j-th."""
-    others = reliance[:j] + reliance[j + 1 :]
-    return _orth(torch.cat(others, dim=1), tol) if others else reliance[j][:, :0]
-
-
-def _orth(a: Tensor, tol: float) -> Tensor:
-    """Orthonormal basis of the columns of a [q, c] by rank: singular values above tol times the first.
-
-    A reduced QR of a wide, rank-deficient matrix would return a complete basis, and the filter delete
-    everything. A matrix of rounding size spans nothing.
-    """
-    return _svd(a, max(tol, 1e-12))[0] if a.norm() > 1e-6 else a[:, :0]
-
-
-def _remove(d: Tensor, basis: Tensor, strength: float) -> Tensor:
-    """d - strength * d P P^T for d [m, n] and orthonormal P [n, p], in d's dtype."""
-    x = _lift(d)
-    p = basis.to(x.dtype)
-    cleared: Tensor = torch.addmm(x, x @ p, p.mT, alpha=-strength)
-    return cleared.to(d.dtype)
-
-
-# ---- Rules: D -> merged --------------------------------------------------------------------------
-
-
-@_method("rule", "tensor", "Ilharco et al. 2023, arXiv 2212.04089", sum=0.3, mean=1.0)
-def task_arithmetic(D: Tensor, reduce: str = "sum") -> Tensor:
-    """The "sum" or "mean" of the task matrices D [T, ...] (Ilharco et al. 2023, section 2)."""
-    _check_known("reduce", [reduce], ("sum", "mean"))
-    return D.sum(0) if reduce == "sum" else D.mean(0)
-
-
-@_method("rule", "tensor", "Yadav et al. 2023, arXiv 2306.01708", "thresholds", mean=1.0, sum=0.3)
-def ties(
-    D: Tensor, density: float = 0.2, reduce: str = "mean", *, thresholds: Tensor | None = None
-) -> Tensor:
-    """TIES: trim small entries, elect a sign per entry, merge what agrees (Yadav et al. 2023).
-
-    D is [T, ...], the result [...]. Each task keeps its int(density * d) largest entries in magnitude,
-    ties included (the released code keeps one more), or those from `thresholds` [T] on. reduce="mean"
-    averages the entries that agree with the elected sign, "sum" adds them, "max" takes the largest; an
-    entry whose sum is exactly zero stays zero. Raises MergeError for a density or reduce out of range.
-    """
-    _check_known("reduce", [reduce], ("mean", "sum", "max"))
-    if thresholds is None:
-        thresholds = _thresholds(lambda: [D], len(D), density, D[0].numel())
-    floor = thresholds.to(D.device).view(-1, *[1] * (D.ndim - 1))
-    trimmed = torch.where(D.abs().float() >= floor, D, 0)
-    sign = trimmed.sum(0).sign()
-    agreeing = torch.where(trimmed.sign() == sign, trimmed, 0)
-    if reduce == "max":
-        return sign * agreeing.abs().amax(0)
-    total = agreeing.sum(0)
-    return total if reduce == "sum" else total / (agreeing != 0).sum(0).clamp(min=1)
-
-
-def _thresholds(stream: Any, tasks: int, density: float, size: int, combine: Any = None) -> Tensor:
-    """Per task the int(density * size)-th largest magnitude in a stream of D [T, ...], [T] in float32.
-
-    Non-negative float32 numbers sort like their bit patterns. A first pass counts their upper 16 bits,
-    a second one the lower 16 bits of those in the bin found: exact, in memory that does not grow with
-    the model. `combine` adds up the counts of several processes.
-    """
-    if not 0 < density <= 1:
-        raise MergeError(f"density={density} of TIES must satisfy 0 < density <= 1")
-    found, ranks = torch.zeros(2, tasks, dtype=torch.int64)
-    ranks += max(1, int(density * size + 1e-9))
-    for shift in (16, 0):
-        counts = torch.zeros(tasks, 65536, dtype=torch.int64)
-        for D in stream():
-            for t, bits in enumerate(D.abs().float().reshape(tasks, -1).view(torch.int32)):
-                digits = bits >> 16 if shift else (bits & 0xFFFF)[bits >> 16 == int(found[t])]
-                counts[t] += torch.bincount(digits, minlength=65536).cpu()
-        counts = combine(counts) if combine else counts
-        reached = counts.flip(1).cumsum(1).flip(1)  # how many numbers lie in this bin or above
-        digit = ((reached >= ranks[:, None]).sum(1) - 1).clamp(min=0)
-        ranks = ranks - (reached - counts).gather(1, digit[:, None])[:, 0]
-        found = found << 16 | digit
-    thresholds: Tensor = found.int().view(torch.float32)
-    return thresholds
-
-
-@_method("rule", "matrix", "Gargiulo et al. 2025, arXiv 2412.00081", "generator", any=1.0)
-def tsv_m(
-    D: Tensor, *, rank: Rank | None = None, svd: str = "exact", generator: Generator = None
-) -> Tensor:
-    """TSV-Merge: truncate each task to its leading singular triples, whiten across tasks, add.
-
-    With the triples of all tasks side by side, U [m, Tk], S [Tk], V [n, Tk], the result is
-    polar(U) diag(S) polar(V)^T. Source: Gargiulo et al. 2025, section 3.2 (arXiv 2412.00081).
-
-    D is [T, m, n], the result [m, n] in its dtype. rank is k, the triples per task, as a count, share or
-    energy as in `pact`; None is min(m, n) // T, at least 1. svd="randomized" pays when k is small
-    against min(m, n). Raises MergeError unless D is a finite stack of matrices and the options fit.
-    """
-    _check_stack(D)
-    k = max(1, min(D.shape[1:]) // len(D)) if rank is None else rank
-    triples = [_leading_svd(d, k, svd, generator) for d in D]
-    u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True))
-    tol = _rank_tolerance(D.dtype)
-    left, right = (_polar(x, tol).to(_lift(D)) for x in (u, v))
-    return (left * s.to(left) @ right.mT).to(D.dtype)
-
-
-@_method("rule", "matrix", "Marczak et al. 2025, arXiv 2502.04959", any=1.3)
-def iso_c(D: Tensor, *, mean_over: str = "all") -> Tensor:
-    """Iso-C: give every singular direction of the summed task matrices their mean singular value.
-
-    D [T, m, n], result and errors as in `tsv_m`. mean_over="all" averages over min(m, n) values as
-    published, "range" over the numerical rank. Source: Marczak et al. 2025, section 4.1.
-    """
-    _check_stack(D)
-    u, s, v = _svd(_lift(D).sum(0), _rank_tolerance(D.dtype))
-    return (_mean_singular_value(s, D, mean_over) * (u @ v.mT)).to(D.dtype)
-
-
-@_method("rule", "matrix", "Marczak et al. 2025, arXiv 2502.04959", any=1.5)
-def iso_cts(D: Tensor, common: float = 0.8, *, mean_over: str = "all") -> Tensor:
-    """Iso-CTS: Iso-C on a common subspace plus each task's own leading directions outside of it.
-
-    The common part takes the leading directions of the summed matrices, a share 0 < common <= 1 of
-    min(m, n) (1 is Iso-C); the rest goes in equal parts to the tasks' residuals. Arguments, result and
-    errors as in `iso_c`. Source: Marczak et al. 2025, section 4.2, algorithm 2.
-    """
-    _check_stack(D)
-    if not 0 < common <= 1:
-        raise MergeError(f"common={common} must satisfy 0 < common <= 1")
-    size, tol = min(D.shape[1:]), _rank_tolerance(D.dtype)
-    stack = _lift(D)
-    own = min(round((size - int(size * common)) / len(D)), (size - 1) // len(D))
-    shared = _svd(stack.sum(0), tol, size - own * len(D))
-    residuals = (_own_directions(d.double(), shared[0], own, tol) for d in stack)
-    u, s, v = (torch.cat(parts, dim=-1) for parts in zip(shared, *residuals, strict=True))
-    merged = _mean_singular_value(s, D, mean_over) * (_polar(u, tol) @ _polar(v, tol).mT)
-    return merged.to(D.dtype)
-
-
-def _own_directions(d: Tensor, common: Tensor, count: int, tol: float) -> Triples:
-    """Leading triples of d outside the common left directions; below tol * ||d|| all is rounding."""
-    u, s, v = _svd(d - common @ (common.mT @ d), tol, count)
-    count = int((s > tol * d.norm()).sum())
-    return u[:, :count], s[:count], v[:, :count]
-
-
-def _mean_singular_value(s: Tensor, D: Tensor, mean_over: str) -> Tensor:
-    _check_known("mean_over", [mean_over], ("all", "range"))
-    return s.sum() / (min(D.shape[1:]) if mean_over == "all" else max(1, len(s)))
-
-
-# ---- Whole models --------------------------------------------------------------------------------
+Gather = Callable[[Any], list[Any]]
+Answers = list[dict[str, Tensor]]
+Result = TypeVar("Result")
+
+# ---- What happens to each tensor -----------------------------------------------------------------
 
 _LOOKUP_TABLES = ("token_embedding", "embed_tokens", "word_embeddings", "wte.")
 _GPT2_LAYERS = re.compile(r"(^|\.)h\.\d+\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
-_RANK_OPTIONS = ("core", "task", "rank")
 
 
 def default_policy(name: str, tensor: Tensor) -> str:
@@ -466,7 +92,16 @@ def default_policy(name: str, tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """What happens to one tensor: its kind, the purifiers in order, the rule ("mean", "copy", ...)."""
+    """What happens to one tensor.
+
+    Attributes:
+        name, shape, dtype: of the base's tensor.
+        kind: "matrix", "matrix_T", "vector" or "copy".
+        purify: names of the purifiers that act on it, in order.
+        rule: name of the rule; or "mean", "sum", "copy".
+        factor: what the rule's result is multiplied with; None is the scale of the merge.
+        spectral: whether a method for matrices acts on it, whose work grows faster than its entries.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -474,174 +109,441 @@ class Step:
     kind: str
     purify: tuple[str, ...]
     rule: str
+    factor: float | None = None
+    spectral: bool = False
+
+    @property
+    def treatment(self) -> str:
+        """In words: "pact > tsv_m", "mean, unscaled", "copy"."""
+        words = " > ".join([*self.purify, self.rule])
+        if self.factor is None:
+            return words
+        return f"{words}, unscaled" if self.factor == 1 else f"{self.factor:g} x {words}, unscaled"
+
+    @property
+    def entries(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A checked merge: one step per tensor of the base, the scale, notes, and what it works on."""
+class _Use:
+    """A method with the options of this merge, and the tensors that a purifier is for."""
 
-    steps: tuple[Step, ...]
-    scale: float
-    notes: Notes
-    base: State
-    tasks: States
-    weights: Mapping[str, float]
-    purifiers: tuple[Method, ...]
-    rule: Method
-    device: Device
-    seed: int
+    method: Method
+    options: Mapping[str, object]
+    scope: tuple[str, ...] = ("*",)
 
-    def merged(
-        self, *, dtype: Dtype = None, progress: Progress = None, **part: Any
-    ) -> Iterator[tuple[str, Tensor]]:
-        """(name, merged tensor on the CPU) one by one; arguments as in `merge` and `deltas`."""
+    @property
+    def name(self) -> str:
+        return self.method.name
 
-        def finish(step: Step, base: Tensor, delta: Tensor | None) -> tuple[str, Tensor]:
-            return step.name, _add(step.name, base, delta, self.scale, dtype).cpu()
+    @property
+    def effective(self) -> dict[str, object]:
+        """All options, defaults too, as a recipe holds them."""
+        if self.method.kind != "purifier":
+            return dict(self.options)
+        return {**self.options, "scope": None if self.scope == ("*",) else self.scope}
 
-        for done, (name, tensor) in enumerate(self.deltas(finish, **part), start=1):
-            yield name, tensor
-            if progress is not None:
-                progress(done, len(self.steps), name)
+    def takes_blocks(self, answer: Mapping[str, Tensor]) -> bool:
+        """Whether a tensor may come in parts: by entries, once a survey told what is of the whole."""
+        alone = self.method.survey is None or bool(answer)
+        return self.method.acts_on == "entries" and alone and not {*SUPPLIED} & {*self.method.needs}
 
-    def deltas(
-        self, finish: Any = None, *, names: Any = None, combine: Any = None, mapper: Any = map
-    ) -> Iterator[Any]:
-        """Per tensor of the base: its step, the base tensor, and the merged delta, None for a copy.
+    def clipped(self, shape: Sequence[int]) -> dict[str, object]:
+        """The function's options, with counts of directions cut to a small matrix' min(m, n)."""
+        options = self.taken_by(self.method.function)
+        for name in RANK_OPTIONS:
+            count = options.get(name)
+            if isinstance(count, int):
+                options[name] = min(count, *shape)
+        return options
 
-        With `finish`, what it returns for these three. `mapper` spreads the steps over threads,
-        see `minipact.threads`. One process of several takes `names`, and `combine` adds up counts of all.
+    def acts_on(self, name: str, kind: str) -> bool:
+        fits = self.method.acts_on != "matrix" or kind.startswith("matrix")
+        return fits and kind != "copy" and _matches(name, self.scope)
+
+    def turns(self, kind: str) -> bool:
+        """Whether it sees tensors of this kind transposed: inputs are the columns of what it clears."""
+        method = self.method
+        return kind == "matrix_T" and (method.kind, method.acts_on) == ("purifier", "matrix")
+
+    def taken_by(self, function: Callable[..., object]) -> dict[str, Any]:
+        """Those options that a function has parameters for."""
+        parameters = parameters_of(function)
+        return {name: x for name, x in self.options.items() if name in parameters}
+
+
+@dataclass
+class _FirstPass:
+    """What a first pass over the models found, shared by merges that differ in their scale only."""
+
+    answers: Answers | None = None  # for each method, by the names of its arguments
+    kept: MutableMapping[str, Tensor | None] | None = None  # merged task vectors by name
+    lock: Any = field(default_factory=Lock)
+
+
+# ---- The merged model ----------------------------------------------------------------------------
+
+
+class Merged(Mapping[str, Tensor]):
+    """The merged model as a lazy mapping, name -> tensor: purified, merged and added when asked for.
+
+    Like a state dict, it can be saved, loaded into a module, or be a model of another merge. Every access
+    computes; `dict(merged)` holds all. Tensors are new and on the CPU, one for every name of the base.
+
+    Args:
+        base, tasks, and the keywords: as in `merge`.
+
+    Attributes:
+        recipe: the `Recipe` with all defaults filled in, scale and vectors decided.
+        steps: name -> Step, what happens to each tensor.
+        notes: what the user should know about choices made.
+        base, tasks, device: as given, the tasks by name.
+        shelf: makes the mapping, name -> tensor, in which `at` keeps merged task vectors; a dict.
+
+    Raises:
+        MergeError: as `merge`; at once for all that names, shapes and options tell, later for weights.
+    """
+
+    def __init__(
+        self,
+        base: State,
+        tasks: Tasks,
+        *,
+        rule: Use = "task_arithmetic",
+        purify: Use | Sequence[Use] = (),
+        options: Mapping[str, Options] | None = None,
+        scale: float | None = None,
+        vectors: str | float = "auto",
+        weights: Factors = None,
+        include: Globs = None,
+        exclude: Globs = None,
+        policy: Mapping[str, str] | Policy | None = None,
+        dtype: str | torch.dtype | None = None,
+        seed: int = 0,
+        device: Device = "cpu",
+    ) -> None:
+        self.base, self.tasks, self.device = base, _named_tasks(tasks), device
+        _refuse_mismatches(base, self.tasks)
+        factors = _task_weights(weights, tasks, self.tasks)
+        given = Recipe(
+            rule, as_methods(purify), options or {}, scale, vectors, factors,
+            as_globs(include, "include"), as_globs(exclude, "exclude"), policy or {},
+            dtype_name(dtype), seed,
+        )  # fmt: skip
+        self._uses = _uses(given, base)
+        self._kinds = _kinds(given, base)
+        found, self.notes = _scale(given.scale, self._uses)
+        self._vectors, self._keeps = given.vectors, False
+        self.shelf: Callable[[], MutableMapping[str, Tensor | None]] = dict
+        self._passes: dict[str | float, _FirstPass] = {}
+        self.recipe = replace(given, options={use.name: use.effective for use in self._uses})
+        self._settle(found)
+        for use in self._uses:
+            _check_work(use, self.steps.values())
+        self._try_out()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.steps
+
+    def __getitem__(self, name: str) -> Tensor:
+        base, delta, factor = self.parts(name)
+        return add_update(name, base, delta, factor, self.dtype).cpu()
+
+    @property
+    def scale(self) -> float:
+        """Factor of the merged task vector."""
+        return float(self.recipe.scale or 0.0)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Floating-point type of the result; None keeps the base's."""
+        return getattr(torch, self.recipe.dtype) if self.recipe.dtype else None
+
+    def meta(self, name: str) -> Tensor:
+        """Tensor of the same shape and dtype on the "meta" device, without computing anything."""
+        meta = _meta(self.base, name).to("meta")
+        return meta.to(self.dtype) if self.dtype and meta.is_floating_point() else meta
+
+    def delta(self, name: str) -> Tensor | None:
+        """What is added to the base's tensor, in float32 or float64; None for a copy of the base's."""
+        _, delta, factor = self.parts(name)
+        return None if delta is None else delta.mul(factor).cpu()
+
+    def prefetch(self, name: str) -> None:
+        """Have all models fetch a tensor in the background that can."""
+        for state in (self.base, *self.tasks.values()):
+            if hasattr(state, "prefetch"):
+                state.prefetch(name)
+
+    def at(self, scale: float) -> Merged:
+        """The same merge at another scale, for sweeps: merged task vectors are computed once and kept.
+
+        vectors="auto" is decided anew. Raises MergeError for a scale that is not finite.
         """
-        steps = [step for step in self.steps if names is None or step.name in names]
-        self._refuse_identical()
-        thresholds = self._thresholds(steps, combine)
+        other = copy.copy(self)
+        other._settle(scale)
+        other._keeps, other.notes = True, ()
+        found = self._passes[other.recipe.vectors]
+        if found.kept is None:
+            found.kept = self.shelf()
+        return other
 
-        def work(step: Step) -> Any:
-            found = step, self.base[step.name], self._delta(step, thresholds)
-            return finish(*found) if finish else found
+    def parts(self, name: str) -> tuple[Tensor, Tensor | None, float]:
+        """The base's tensor, the merged task vector on the device, None for a copy, and its factor.
 
-        yield from mapper(work, self._read_ahead(steps))
+        The merged tensor is base + factor * task vector, see `add_update`.
+        """
+        step = self.steps[name]
+        factor = self.scale if step.factor is None else step.factor
+        if step.rule == "copy" or self.scale == 0:
+            return self.base[name], None, factor
+        self.prepare()
+        return self.base[name], self._merged_vector(step), factor
 
-    def _delta(self, step: Step, thresholds: Tensor | None) -> Tensor | None:
-        if step.rule == "copy":
-            return None
-        mean, size, delta, end = step.rule == "mean", math.prod(step.shape), torch.empty(0), 0
-        by_entry = mean or self.rule.function is task_arithmetic or thresholds is not None
-        for D in self._task_matrices(step, by_entry):
-            part = (D.mean(0) if mean else self._call(self.rule, step, D, thresholds)).flatten()
-            delta = delta if end else part if len(part) == size else part.new_empty(size)
+    def map(
+        self,
+        work: Callable[[str], Result],
+        names: Collection[str] | None = None,
+        *,
+        threads: int | None = None,
+        room: float = math.inf,
+    ) -> Iterator[Result]:
+        """work(name) for all names or some, in the base's order, with the next tensors read ahead.
+
+        Args:
+            work: what to do for a tensor, such as `merged.__getitem__`.
+            names: those that one process of several takes.
+            threads: tensors in work at once, with one core each; None is one tensor on all cores.
+            room: entries that the tensors in work may have together, see `minipact.parallel`.
+        """
+        self.prepare(threads=threads, room=room)
+        chosen = [name for name in self.steps if names is None or name in names]
+        return self._run(work, chosen, threads, room)
+
+    def prepare(
+        self,
+        names: Collection[str] | None = None,
+        *,
+        gather: Gather = lambda share: [share],
+        threads: int | None = None,
+        room: float = math.inf,
+    ) -> None:
+        """First pass over the models, once: no task equals the base, and what methods survey is found.
+
+        Args:
+            names, threads, room: as in `map`; what one process of several looks at.
+            gather: one process' share -> the shares of all, by rank.
+        """
+        found = self._passes[self.recipe.vectors]
+        with found.lock:
+            if found.answers is None:
+                self._refuse_identical()
+                answers: Answers = []
+                for use in self._uses:
+                    look = self._survey(use, answers, names, gather, threads, room)
+                    answers.append(look)
+                found.answers = answers
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _settle(self, scale: float) -> None:
+        """Decide all that depends on the scale."""
+        recipe = replace(self.recipe, scale=scale)
+        vectors = _decided(self._vectors, scale, self._uses, len(self.tasks))
+        self.recipe = replace(recipe, vectors=vectors)
+        self.steps = {
+            name: _step(name, _meta(self.base, name), kind, self._uses, vectors)
+            for name, kind in self._kinds.items()
+        }
+        self._passes.setdefault(vectors, _FirstPass())
+
+    def _run(
+        self, work: Callable[[str], Result], names: list[str], threads: int | None, room: float
+    ) -> Iterator[Result]:
+        ahead = self._read_ahead(names)
+        if threads is None:
+            return map(work, ahead)
+        return in_threads(work, ahead, threads, size=lambda n: self.steps[n].entries, room=room)
+
+    def _read_ahead(self, names: list[str]) -> Iterator[str]:
+        for name, following in zip(names, [*names[1:], *names[-1:]], strict=True):
+            self.prefetch(following)
+            yield name
+
+    def _merged_vector(self, step: Step) -> Tensor | None:
+        found = self._passes[self.recipe.vectors]
+        if found.kept is not None and step.name in found.kept:
+            return found.kept[step.name]
+        delta = self._computed(step, found.answers or [])
+        if found.kept is not None and self._keeps:
+            found.kept[step.name] = None if delta is None else delta.cpu()
+        return delta
+
+    def _computed(self, step: Step, answers: Answers) -> Tensor | None:
+        """The rule's result for one tensor, None where it is zero."""
+        plain = PLAIN.get(step.rule)
+        rule, answer = self._uses[-1], answers[-1]
+        by_entry = plain is not None or rule.takes_blocks(answer)
+        delta, end = torch.empty(0), 0
+        for D in self._task_matrices(step, self._uses[:-1], answers, by_entry):
+            part = (plain(D) if plain else self._call(rule, answer, step, D)).flatten()
+            if end == 0:
+                delta = part if len(part) == step.entries else part.new_empty(step.entries)
             delta[end : end + len(part)] = part
             end += len(part)
-        return None if _is_zero(delta) else delta.view(step.shape)
+        return None if is_zero(delta) else delta.view(step.shape)
 
-    def _read_ahead(self, steps: Sequence[Step]) -> Iterator[Step]:
-        """The steps; mappings with a method `prefetch(name)` hear of the next tensor one step ahead."""
-        for step, ahead in zip(steps, [*steps[1:], *steps[-1:]], strict=True):
-            for state in (self.base, *self.tasks.values()):
-                if hasattr(state, "prefetch"):
-                    state.prefetch(ahead.name)
-            yield step
-
-    def _task_matrices(self, step: Step, by_entry: bool) -> Iterator[Tensor]:
-        """D [T, m, n] of one tensor after all purifiers; where nothing but entries counts, in blocks."""
-        source = step.name, self.base, self.tasks, self.weights, self.device
-        for D in _delta_blocks(*source, whole=not by_entry or bool(step.purify)):
-            for method in self.purifiers:
-                D = self._call(method, step, D) if method.name in step.purify else D
+    def _task_matrices(
+        self, step: Step, purifiers: Sequence[_Use], answers: Answers, by_entry: bool
+    ) -> Iterator[Tensor]:
+        """D [T, ...] of one tensor behind some purifiers; in blocks [T, b] where entries alone count."""
+        acting = [
+            (use, answer)
+            for use, answer in zip(purifiers, answers, strict=False)
+            if use.name in step.purify
+        ]
+        whole = not (by_entry and all(use.takes_blocks(answer) for use, answer in acting))
+        source = step.name, self.base, self.tasks, self.recipe.weights, self.device
+        for D in task_blocks(*source, whole=whole):
+            for use, answer in acting:
+                D = self._call(use, answer, step, D)
             yield D
 
     @torch.no_grad()
-    def _call(self, method: Method, step: Step, D: Tensor, thresholds: Any = None) -> Tensor:
+    def _call(self, use: _Use, answer: dict[str, Tensor], step: Step, D: Tensor) -> Tensor:
         """Run one purifier or rule on one tensor, with the arguments it needs."""
-        purifies = method.kind == "purifier"
-        if method.scope == "matrix" and _is_zero(D):
+        method, purifies = use.method, use.method.kind == "purifier"
+        if method.acts_on == "matrix" and is_zero(D):
             return D if purifies else D[0]
-        options = {key: value for key, value in method.given.items() if key != "scope"}
-        counts = {k: v for k, v in options.items() if k in _RANK_OPTIONS and isinstance(v, int)}
-        options |= {key: min(count, *D.shape[1:]) for key, count in counts.items()}
+        keywords: dict[str, Any] = {**use.clipped(D.shape[1:]), **answer}
         if "generator" in method.needs:
-            options["generator"] = _generator(self.seed, step.name)
+            keywords["generator"] = named_generator(self.recipe.seed, step.name)
         if "generators" in method.needs:
-            options["generator"] = [_generator(self.seed, task, step.name) for task in self.tasks]
-        if "thresholds" in method.needs:
-            options["thresholds"] = thresholds
-        turned = step.kind == "matrix_T" and purifies and method.scope == "matrix"
+            seeds = [(task, step.name) for task in self.tasks]
+            keywords["generator"] = [named_generator(self.recipe.seed, *names) for names in seeds]
         inputs = [self.base[step.name].to(D), D] if "base" in method.needs else [D]
-        inputs = [x.mT for x in inputs] if turned else inputs
+        if "tuned" in method.needs:
+            keywords["tuned"] = torch.stack([task[step.name].to(D) for task in self.tasks.values()])
+        turned = use.turns(step.kind)
+        if turned:
+            inputs = [x.mT for x in inputs]
+            if "tuned" in keywords:
+                keywords["tuned"] = keywords["tuned"].mT
         try:
-            result = method.function(*inputs, **options)
+            result = method.function(*inputs, **keywords)
         except MergeError as error:
             raise MergeError(f"tensor '{step.name}', {method.name}: {error}") from error
-        if result.shape != (inputs[-1] if purifies else inputs[-1][0]).shape:
+        if not isinstance(result, Tensor):
+            raise MergeError(f"{method.name} returned {type(result).__name__}, not a tensor")
+        expected = inputs[-1] if purifies else inputs[-1][0]
+        if result.shape != expected.shape:
             shape = f"the shape {tuple(result.shape)} for D {tuple(inputs[-1].shape)}"
             raise MergeError(f"tensor '{step.name}': {method.name} returned {shape}")
         return result.mT if turned else result
 
-    def _thresholds(self, steps: Sequence[Step], combine: Any) -> Tensor | None:
-        """TIES' trimming magnitude per task over the whole model, which is purified for each pass."""
-        if "thresholds" not in self.rule.needs or self.rule.given["scope"] == "tensor":
-            return None
-        size = sum(math.prod(step.shape) for step in self.steps if step.rule == self.rule.name)
-        trimmed = [step for step in steps if step.rule == self.rule.name]
+    def _survey(
+        self,
+        use: _Use,
+        answers: Answers,
+        names: Collection[str] | None,
+        gather: Gather,
+        threads: int | None,
+        room: float,
+    ) -> dict[str, Tensor]:
+        """What a method asks of the whole model, behind the purifiers before it; see `Method.survey`."""
+        survey = use.method.survey
+        treated = [step for step in self.steps.values() if use.name in (*step.purify, step.rule)]
+        if survey is None or not treated:
+            return {}
+        mine = [step.name for step in treated if names is None or step.name in names]
+        by_entry = use.method.acts_on == "entries"
 
-        def stream() -> Iterator[Tensor]:
-            return (D for s in self._read_ahead(trimmed) for D in self._task_matrices(s, True))
+        def added_up(measure: Measure) -> Tensor:
+            def measured(name: str) -> Tensor:
+                before = self._uses[: len(answers)]
+                step = self.steps[name]
+                blocks = self._task_matrices(step, before, answers, by_entry)
+                if use.turns(step.kind):
+                    blocks = (D.mT for D in blocks)
+                return reduce(torch.add, map(measure, blocks))
 
-        return _thresholds(stream, len(self.tasks), self.rule.given["density"], size, combine)
+            share: dict[str, Tensor] = {}
+            for name, value in zip(mine, self._run(measured, mine, threads, room), strict=True):
+                # Whole numbers add up alike in any order, other numbers only in the order of names.
+                key = name if value.is_floating_point() else ""
+                share[key] = share[key] + value if key in share else value
+            return _sum_by_name(gather(share))
+
+        entries = sum(step.entries for step in treated)
+        talk = survey(tasks=len(self.tasks), entries=entries, **use.taken_by(survey))
+        return run_survey(talk, added_up)
 
     def _refuse_identical(self) -> None:
-        merged = [step.name for step in self.steps if step.rule != "copy"]
+        merged = [step.name for step in self.steps.values() if step.rule != "copy"]
         for label, task in self.tasks.items():
             if all(torch.equal(self.base[name], task[name]) for name in merged):
                 hint = "leave it out, or check that the right files were given"
                 raise MergeError(f"task '{label}' equals the base in every tensor to merge: {hint}")
 
+    def _try_out(self) -> None:
+        """A merge of small random matrices shows options out of range before any weight is read."""
+        tested = [use.name for use in self._uses if is_registered(use.method)]
+        rule = self._uses[-1].name if is_registered(self._uses[-1].method) else "mean"
+        purify = tuple(name for name in tested if name != rule)
+        base, *tuned = torch.randn(len(self.tasks) + 1, 4, 4, generator=named_generator(0))
+        small = copy.copy(self)
+        small.base, small.device = {"": base}, "cpu"
+        small.tasks = {name: {"": x} for name, x in zip(self.tasks, tuned, strict=True)}
+        small.recipe = replace(self.recipe, weights=None)
+        small.steps = {"": Step("", (4, 4), torch.float32, "matrix", purify, rule)}
+        small._passes = {self.recipe.vectors: _FirstPass()}
+        try:
+            small.prepare()
+            small._merged_vector(small.steps[""])
+        except MergeError as error:
+            raise MergeError(str(error).removeprefix("tensor '', ")) from error
+        except TypeError as error:
+            used = listing([*purify, rule])
+            raise MergeError(f"{used}: wrong option type: {error}") from error
 
-def plan(
-    base: State,
-    tasks: Tasks,
-    *,
-    rule: str | Function = "task_arithmetic",
-    purify: str | Function | Sequence[str | Function] = (),
-    scale: float | None = None,
-    weights: Factors = None,
-    options: Options | None = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    policy: Callable[[str, Tensor], str] = default_policy,
-    device: Device = "cpu",
-    seed: int = 0,
-) -> Plan:
-    """Check a merge by names, shapes and options, without reading weights. Arguments as in `merge`.
 
-    Raises MergeError, one message with every problem of the inputs.
-    """
-    named = _named_tasks(tasks)
-    problems = [text for name, task in named.items() for text in _mismatches(base, name, task)]
-    if problems:
-        raise MergeError("\n".join(problems))
-    several = [purify] if isinstance(purify, str) or callable(purify) else purify
-    settings = dict(options or {})
-    purifiers = tuple(_configured(p, "purifier", settings, base) for p in several)
-    chosen = _configured(rule, "rule", settings, base)
-    if idle := settings.keys() - {m.name for m in (*purifiers, chosen) if m.source}:
-        raise MergeError(f"options for {_listing(idle)}, which is not used: add rule or purifier")
-    wanted, unwanted = _globs(include, base, "include"), _globs(exclude, base, "exclude")
-    steps = []
-    for name in base:
-        tensor = _meta(base, name)
-        kept = _matches(name, wanted or ("*",)) and not _matches(name, unwanted)
-        kind = policy(name, tensor) if kept and tensor.is_floating_point() else "copy"
-        steps.append(_step(name, tensor, kind, purifiers, chosen))
-    for method in (*purifiers, chosen):
-        _check_work(method, steps)
-    scaled, factors = _scale(scale, chosen, purifiers), _task_weights(weights, tasks, named)
-    checked = Plan(tuple(steps), *scaled, base, named, factors, purifiers, chosen, device, seed)
-    return _tried(checked)
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda D: D.mean(0),
+    "sum": lambda D: D.sum(0),
+}
+
+
+def _sum_by_name(shares: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    values = sorted((item for share in shares for item in share.items()), key=lambda item: item[0])
+    return reduce(torch.add, [value for _, value in values])
 
 
 def merge(
-    base: State, tasks: Tasks, *, dtype: Dtype = None, progress: Progress = None, **recipe: Any
+    base: State,
+    tasks: Tasks,
+    *,
+    rule: Use = "task_arithmetic",
+    purify: Use | Sequence[Use] = (),
+    options: Mapping[str, Options] | None = None,
+    scale: float | None = None,
+    vectors: str | float = "auto",
+    weights: Factors = None,
+    include: Globs = None,
+    exclude: Globs = None,
+    policy: Mapping[str, str] | Policy | None = None,
+    dtype: str | torch.dtype | None = None,
+    seed: int = 0,
+    device: Device = "cpu",
+    progress: Progress = None,
+    threads: int | None = None,
 ) -> dict[str, Tensor]:
     """Merge fine-tuned models into their common base: purify the task vectors, then merge them.
 
@@ -649,105 +551,183 @@ def merge(
         base: pre-trained model, a mapping name -> tensor: a state dict or a lazy checkpoint.
         tasks: fine-tuned models with the same names and shapes, as a list or as a mapping
             task name -> model. With names the result does not depend on their order, bit for bit.
+        rule: name in METHODS, "package.module:function", a function of the registry, or your own
+            D [T, m, n] -> [m, n] for matrices.
+        purify: likewise, one or several in order; your own is (W0, D) -> D for matrices.
+        options: method name -> {option: value}. Purifiers also take "scope", one or several globs of
+            tensor names; other tensors go to the rule unpurified. A count of directions beyond a matrix'
+            min(m, n) is cut to it.
+        scale: factor of what the rule makes of the tensors it treats. None takes the rule's recommended
+            value (`METHODS[rule].scale`); none is published behind a purifier, so try several there. 0
+            returns the base.
+        vectors: what becomes of tensors that are no matrices: biases, norms, convolutions, tables. "rule":
+            as published, task arithmetic and TIES treat them like matrices, the rules on matrices take
+            scale * their mean. "mean": the plain mean of the task vectors, unscaled. "copy": as in the base.
+            A number: so much of their sum, unscaled. "auto": "mean" where the rule or a purifier acts on
+            matrices, since the scale then makes up for what vectors did not lose; "rule" for other rules,
+            for a single task and for a negative scale.
+        weights: factor of each task vector before anything else; 1 each. Nothing is normalised.
+        include, exclude: globs of tensor names; what they leave out is copied from the base.
+        policy: glob -> "matrix", "matrix_T", "vector" or "copy", ahead of `default_policy`; or a function
+            (name, tensor) -> kind instead of it.
         dtype: floating-point type of the result; None keeps the base's. All work is done in float32
             at least, in float64 where an input is float64.
+        seed: of all random numbers, drawn apart for each tensor and task name.
+        device: where to compute; results are on the CPU.
         progress: called with (tensors done, tensors in all, name) after each.
-        rule: name in METHODS ("task_arithmetic"), or a function D [T, m, n] -> [m, n] for matrices.
-        purify: names in METHODS, or functions (W0, D) -> D for matrices, in order.
-        scale: factor of the merged task vector. None takes the rule's recommended value
-            (`METHODS[rule].scale`); no value is published behind a purifier, so try several there.
-        weights: factor of each task vector before anything else; 1 each. Nothing is normalised.
-        options: method name -> {option: value}. Purifiers also take "scope", one or several globs of
-            tensor names; other tensors go to the rule unpurified. TIES takes "scope": "global" trims
-            at one magnitude per task over the model, "tensor" tensor by tensor. A count of
-            directions beyond a matrix' min(m, n) is cut to it.
-        include, exclude: globs of tensor names; what they leave out is copied from the base.
-        policy: (name, tensor) -> "matrix", "matrix_T", "vector" or "copy", see `default_policy`.
-        device: where to compute ("cpu"); results are on the CPU.
-        seed: of all random numbers (0), drawn apart for each tensor and task name.
+        threads: tensors in work at once, one core each; None is one tensor on all cores.
 
     Returns name -> new tensor for every tensor of the base; integer tensors, and tensors that no task
     changed, are copies. Raises MergeError where the inputs do not fit together or hold NaN or infinity,
     a task equals the base, or a method or option is unknown or out of range.
     """
-    return dict(merge_iter(base, tasks, dtype=dtype, progress=progress, **recipe))
+    merged = Merged(
+        base, tasks, rule=rule, purify=purify, options=options, scale=scale, vectors=vectors,
+        weights=weights, include=include, exclude=exclude, policy=policy, dtype=dtype, seed=seed,
+        device=device,
+    )  # fmt: skip
+    tensors = merged.map(merged.__getitem__, threads=threads)
+    found = {}
+    for done, (name, tensor) in enumerate(zip(merged, tensors, strict=True), start=1):
+        found[name] = tensor
+        if progress is not None:
+            progress(done, len(merged), name)
+    return found
 
 
-def merge_iter(
-    base: State, tasks: Tasks, *, dtype: Dtype = None, progress: Progress = None, **recipe: Any
-) -> Iterator[tuple[str, Tensor]]:
-    """`merge` as a generator of (name, tensor), one at a time; arguments are checked at the call."""
-    return plan(base, tasks, **recipe).merged(dtype=dtype, progress=progress)
+# ---- Sweeps over scales --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Scores of a merge at several scales.
+
+    Attributes:
+        scores: scale -> score, in the order tried.
+        scale: the one with the highest score; of equal ones the smallest in magnitude.
+        merged: the merge at this scale.
+    """
+
+    scores: Mapping[float, float]
+    scale: float
+    merged: Merged
+
+
+def sweep(
+    merged: Merged,
+    score: Callable[[Merged], float],
+    scales: Iterable[float],
+    *,
+    progress: Progress = None,
+) -> Sweep:
+    """Merge once, try many: score the merge at each scale and keep the best.
+
+    Choose on validation data, and report on data that had no part in the choice.
+
+    Args:
+        merged: what to sweep; its task vectors stay in memory until it goes.
+        score: of a model, name -> tensor; the higher the better.
+        scales: to try.
+        progress: called with (scales done, scales in all, text) after each.
+
+    Raises:
+        MergeError: no scale is given, or a score is NaN.
+    """
+    candidates = {float(scale): merged.at(scale) for scale in scales}
+    if not candidates:
+        raise MergeError("no scale to try: give at least one")
+    scores: dict[float, float] = {}
+    for scale, candidate in candidates.items():
+        scores[scale] = float(score(candidate))
+        if math.isnan(scores[scale]):
+            raise MergeError(f"the score at scale {scale:g} is NaN: check the evaluation")
+        if progress is not None:
+            progress(len(scores), len(candidates), f"scale {scale:g}: {scores[scale]:g}")
+    best = max(scores, key=lambda scale: (scores[scale], -abs(scale)))
+    return Sweep(scores, best, candidates[best])
+
+
+# ---- Tensors -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _add(name: str, base: Tensor, delta: Tensor | None, scale: float, dtype: Dtype) -> Tensor:
-    """base + scale * delta in a wide type, then in dtype; a copy of the base without a delta."""
-    dtype = (dtype or base.dtype) if base.is_floating_point() else base.dtype
-    if delta is None or scale == 0:
+def add_update(
+    name: str, base: Tensor, delta: Tensor | None, factor: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """base + factor * delta in a wide type, then in dtype; a copy of the base without a delta.
+
+    dtype None, and any for integers, is the base's. Raises MergeError, naming the tensor, where the result
+    overflows.
+    """
+    if dtype is None or not base.is_floating_point():
+        dtype = base.dtype
+    if delta is None or factor == 0:
         merged = base.to(dtype, copy=True)
     else:
         merged = torch.empty(base.shape, dtype=dtype, device=delta.device)
-        pieces = (_pieces(x, delta.device) for x in (merged, base, delta))
+        pieces = (in_pieces(x, delta.device) for x in (merged, base, delta))
         for out, x, d in zip(*pieces, strict=True):
-            out.copy_(torch.add(x.to(d), d, alpha=scale))
-    if not _is_finite(merged) and _is_finite(base):
+            out.copy_(torch.add(x.to(d), d, alpha=factor))
+    if not is_finite(merged) and is_finite(base):
         hint = "check the base, take a smaller scale or a wider dtype"
         raise MergeError(f"tensor '{name}' of the result overflows {merged.dtype}: {hint}")
     return merged
 
 
-def _pieces(x: Tensor, device: Device) -> Sequence[Tensor]:
+def in_pieces(x: Tensor, device: Device) -> Sequence[Tensor]:
     """The entries in pieces that fit into the cache where a CPU does the work, else in one."""
     size = 1 << 18 if torch.device(device).type == "cpu" else max(1, x.numel())
     return torch.split(x.flatten(), size)
 
 
-def _delta_blocks(
-    name: str, base: State, tasks: States, weights: Weights, device: Device, whole: bool = True
-) -> Iterator[Tensor]:
-    """weight * (fine-tuned - base), or a task's own `delta(name)`, as D [T, ...] or in blocks [T, b]."""
-    direct = [getattr(task, "delta", lambda _: None)(name) for task in tasks.values()]
-    tuned = (task[name] if d is None else d for task, d in zip(tasks.values(), direct, strict=True))
+def task_matrices(
+    name: str, base: State, tasks: States, weights: Mapping[str, float] | None = None,
+    device: Device = "cpu",
+) -> Tensor:  # fmt: skip
+    """D [T, ...] of one tensor: weight * (fine-tuned - base), or a task's own `delta(name)`.
+
+    float32, float64 where an input is. Raises MergeError, naming tensor and model, for NaN or infinity.
+    """
+    return next(task_blocks(name, base, tasks, weights, device, whole=True))
+
+
+def task_blocks(
+    name: str, base: State, tasks: States, weights: Mapping[str, float] | None, device: Device, *,
+    whole: bool,
+) -> Iterator[Tensor]:  # fmt: skip
+    """`task_matrices`, whole or in blocks [T, b] of the entries that fit into a cache."""
+    known = [_own_delta(task, name, base) for task in tasks.values()]
+    tuned = (task[name] if d is None else d for task, d in zip(tasks.values(), known, strict=True))
     tensors = [x.detach() for x in (base[name], *tuned)]
     wide = any(x.dtype == torch.float64 for x in tensors)
     kind = torch.empty(0, dtype=torch.float64 if wide else torch.float32, device=device)
     factors = list((weights or dict.fromkeys(tasks, 1.0)).values())
-    pieces = ([x] if whole else _pieces(x, device) for x in tensors)
+    pieces = ([x] if whole else in_pieces(x, device) for x in tensors)
 
     def block(start: Tensor, *tuned: Tensor) -> Tensor:
         origin, D = start.to(kind), kind.new_empty(len(tuned), *start.shape)
-        for delta, x, factor, d in zip(D, tuned, factors, direct, strict=True):
+        for delta, x, factor, d in zip(D, tuned, factors, known, strict=True):
             torch.sub(x.to(kind), origin, alpha=int(d is None), out=delta)
-            delta.mul_(factor) if factor != 1 else delta
-        if not _is_finite(D):
+            if factor != 1:
+                delta.mul_(factor)
+        if not is_finite(D):
             models = ["the base", *(f"task '{label}'" for label in tasks), "some task"]
-            model = models[[*map(_is_finite, tensors), False].index(False)]
+            model = models[[*map(is_finite, tensors), False].index(False)]
             raise MergeError(f"'{name}' of {model} holds NaN or infinity: repair or exclude it")
         return D
 
     return map(block, *pieces)
 
 
-def _generator(seed: int, *names: str) -> torch.Generator:
-    """CPU generator seeded by the seed and names, the same in every process."""
-    return torch.Generator().manual_seed(zlib.crc32("/".join([str(seed), *names]).encode()))
+def _own_delta(task: State, name: str, base: State) -> Tensor | None:
+    """A task's own difference from this base, where it knows it more exactly than by subtraction."""
+    if getattr(task, "base", base) is not base:
+        return None
+    delta: Tensor | None = getattr(task, "delta", lambda _: None)(name)
+    return delta
 
 
-# ---- Checks of arguments -------------------------------------------------------------------------
-
-
-def _is_finite(x: Tensor) -> bool:
-    x = x.float() if x.dtype.itemsize == 1 else x  # torch has no minimum of 8-bit floats
-    return not x.numel() or all(map(torch.isfinite, x.aminmax()))
-
-
-def _is_zero(x: Tensor) -> bool:
-    return not x.numel() or not any(x.aminmax())
-
-
-def _lift(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+# ---- Checks, and what follows from them ----------------------------------------------------------
 
 
 def _meta(state: State, name: str) -> Tensor:
@@ -756,25 +736,17 @@ def _meta(state: State, name: str) -> Tensor:
     return tensor
 
 
-def _listing(names: Iterable[object]) -> str:
-    texts = [f"'{name}'" for name in names]
-    return ", ".join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise MergeError(f"{what} {_listing(unknown)} is unknown: use {_listing(known) or 'none'}")
+def _refuse_idle_globs(globs: Iterable[str], names: Iterable[str], what: str) -> None:
+    """Each glob must match a name, so that a typo cannot pass silently."""
+    if idle := [glob for glob in globs if not any(fnmatchcase(name, glob) for name in names)]:
+        raise MergeError(f"{what} {listing(idle)} matches no tensor name of the base")
 
 
-def _check_stack(D: Tensor, W0: Tensor | None = None) -> None:
-    if D.ndim != 3 or len(D) == 0 or not D.is_floating_point():
-        raise MergeError(f"D must be a floating-point [T, m, n], not {D.dtype} {tuple(D.shape)}")
-    if W0 is not None and W0.shape != D.shape[1:]:
-        raise MergeError(f"W0 {tuple(W0.shape)} does not fit D [T, m, n] = {tuple(D.shape)}")
-
-
-def _named_tasks(tasks: Sequence[State] | States) -> dict[str, State]:
+def _named_tasks(tasks: Tasks) -> dict[str, State]:
     """Tasks by name: sorted where the caller named them, else numbered from '0'."""
     pairs = sorted(tasks.items()) if isinstance(tasks, Mapping) else enumerate(tasks)
     named = {str(name): task for name, task in pairs}
@@ -783,15 +755,22 @@ def _named_tasks(tasks: Sequence[State] | States) -> dict[str, State]:
     return named
 
 
-def _mismatches(base: State, label: str, task: State) -> list[str]:
+def _refuse_mismatches(base: State, tasks: States) -> None:
+    """One message with everything that keeps the models from being compared."""
+    problems = [text for name, task in tasks.items() for text in mismatches(base, name, task)]
+    if problems:
+        raise MergeError("\n".join(problems))
+
+
+def mismatches(base: State, label: str, task: State) -> list[str]:
     """What keeps a fine-tuned model from being compared with the base, one line each."""
     if not isinstance(base, Mapping) or not base:
         return ["the base must be a mapping name -> tensor with entries: pass model.state_dict()"]
     problems = []
     if missing := [name for name in base if name not in task]:
-        problems.append(f"task '{label}' lacks {_listing(missing)}: is it tuned from this base?")
+        problems.append(f"task '{label}' lacks {listing(missing)}: is it tuned from this base?")
     if extra := [name for name in task if name not in base]:
-        problems.append(f"task '{label}' has {_listing(extra)}, unknown to the base: remove it")
+        problems.append(f"task '{label}' has {listing(extra)}, unknown to the base: remove it")
     for name in [name for name in base if name in task]:
         x, y = _meta(base, name), _meta(task, name)
         if (x.shape, x.is_floating_point()) != (y.shape, y.is_floating_point()):
@@ -800,100 +779,121 @@ def _mismatches(base: State, label: str, task: State) -> list[str]:
     return problems
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _globs(globs: str | Sequence[str] | None, names: Iterable[str], what: str) -> tuple[str, ...]:
-    """Glob patterns as a tuple; each must match a name, so that a typo cannot pass silently."""
-    given = globs if isinstance(globs, list | tuple) else [] if globs is None else [globs]
-    patterns = tuple(map(str, given))
-    if idle := [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]:
-        raise MergeError(f"{what} {_listing(idle)} matches no tensor name of the base")
-    return patterns
-
-
-def _configured(method: str | Function, kind: str, options: Options, base: State) -> Method:
-    """Registered method with its options checked by name, or the caller's own function."""
-    if not isinstance(method, str):
-        needs = ("base",) if kind == "purifier" else ()
-        return Method(getattr(method, "__name__", "custom"), kind, method, needs=needs)
-    _check_known(kind, [method], [m.name for m in METHODS.values() if m.kind == kind])
-    found, given = METHODS[method], options.get(method, {})
-    _check_known(f"{method} option", given, found.options)
-    found = replace(found, given=found.options | dict(given))
-    if kind == "purifier":
-        patterns = _globs(given.get("scope"), base, f"{method} scope")
-        return replace(found, patterns=patterns or ("*",))
-    _check_known(f"{method} scope", [given.get("scope", "global")], ("global", "tensor"))
-    return found
-
-
-def _step(name: str, x: Tensor, kind: str, purifiers: Iterable[Method], rule: Method) -> Step:
-    _check_known(f"policy for '{name}'", [kind], ("matrix", "matrix_T", "vector", "copy"))
-    if kind.startswith("matrix") and x.ndim != 2:
-        raise MergeError(f"policy: '{name}' of shape {tuple(x.shape)} cannot be a {kind}")
-
-    def fits(method: Method) -> bool:
-        acts = method.scope == "tensor" or kind.startswith("matrix")
-        return acts and kind != "copy" and _matches(name, method.patterns)
-
-    purify = tuple(m.name for m in purifiers if fits(m))
-    how = "copy" if kind == "copy" else rule.name if fits(rule) else "mean"
-    return Step(name, tuple(x.shape), x.dtype, kind, purify, how)
-
-
-def _check_work(method: Method, steps: Iterable[Step]) -> None:
-    """A purifier must find tensors, and a count of directions must fit one of them at least."""
-    sizes = [min(s.shape, default=1) for s in steps if method.name in (*s.purify, s.rule)]
-    if not sizes and (method.kind == "purifier" or all(s.rule == "copy" for s in steps)):
-        raise MergeError(f"{method.name} has no tensor to work on: see scope, include and exclude")
-    for option in _RANK_OPTIONS:
-        rank, most = method.given.get(option), max(sizes, default=math.inf)
-        if isinstance(rank, int) and rank > most:
-            raise MergeError(f"{method.name}.{option}={rank} is above the largest rank, {most}")
-
-
-def _tried(checked: Plan) -> Plan:
-    """A merge of small random matrices shows options out of range before any weight is read."""
-    purify = tuple(m.name for m in checked.purifiers if m.source)
-    rule = checked.rule.name if checked.rule.source else "mean"
-    step = Step("", (4, 4), torch.float32, "matrix", purify, rule)
-    base, *tuned = torch.randn(len(checked.tasks) + 1, 4, 4, generator=_generator(0))
-    tasks = {name: {"": x} for name, x in zip(checked.tasks, tuned, strict=True)}
-    small = replace(checked, steps=(step,), base={"": base}, tasks=tasks, weights={}, device="cpu")
-    try:
-        list(small.deltas())
-    except MergeError as error:
-        raise MergeError(str(error).removeprefix("tensor '', ")) from error
-    except TypeError as error:
-        raise MergeError(f"{_listing([*purify, rule])}: wrong option type: {error}") from error
-    return checked
-
-
-def _scale(scale: float | None, rule: Method, purifiers: Sequence[Method]) -> tuple[float, Notes]:
-    """The scale to use, and what the user should know about it."""
-    if scale is not None:
-        if not abs(scale) <= torch.finfo(torch.float32).max:
-            raise MergeError(f"scale={scale} must be finite, within float32's range")
-        return float(scale), ()
-    if not rule.source:
-        return 1.0, ("scale 1.0: your own rule has no recommended value",)
-    reduce = rule.given.get("reduce", "any")
-    if reduce not in rule.scale:
-        raise MergeError(f"{rule.name} with reduce={reduce!r} has no recommended scale: give one")
-    behind = ", ".join(m.name for m in purifiers)
-    caution = f" alone; no value is published behind {behind}: try several on validation data"
-    note = f"scale {rule.scale[reduce]}, recommended for {rule.name}"
-    return rule.scale[reduce], (note + caution if behind else note,)
-
-
 def _task_weights(weights: Factors, tasks: Tasks, named: States) -> dict[str, float]:
     if weights is None:
         return dict.fromkeys(named, 1.0)
     names = tasks if isinstance(tasks, Mapping) else named
-    pairs = weights if isinstance(weights, Mapping) else dict(zip(map(str, names), weights))  # noqa: B905
-    fits = len(weights) == len(named) and pairs.keys() == named.keys()
-    if not fits or not all(map(math.isfinite, pairs.values())):
-        raise MergeError(f"weights must give one finite number for each of {_listing(named)}")
-    return {name: float(pairs[name]) for name in named}
+    if isinstance(weights, Mapping):
+        pairs = {str(name): x for name, x in weights.items()}
+    else:
+        pairs = dict(zip(map(str, names), weights, strict=False))
+    if len(weights) != len(named) or pairs.keys() != named.keys():
+        raise MergeError(f"weights must give one number for each of {listing(named)}")
+    return {name: pairs[name] for name in named}
+
+
+def _uses(recipe: Recipe, base: State) -> tuple[_Use, ...]:
+    """Purifiers in order, then the rule, with their options checked by name."""
+    methods = [find_method(purifier, "purifier") for purifier in recipe.purify]
+    methods.append(find_method(recipe.rule, "rule"))
+    if idle := recipe.options.keys() - {method.name for method in methods}:
+        raise MergeError(f"options for {listing(idle)}, which is not used: add rule or purifier")
+    return tuple(_use(method, recipe.options.get(method.name, {}), base) for method in methods)
+
+
+def _use(method: Method, given: Options, base: State) -> _Use:
+    check_known(f"{method.name} option", given, method.options)
+    options = {**method.options, **given}
+    if method.kind != "purifier":
+        return _Use(method, options)
+    scope = as_globs(options.pop("scope"), f"{method.name} scope")
+    _refuse_idle_globs(scope, base, f"{method.name} scope")
+    return _Use(method, options, scope or ("*",))
+
+
+def _kinds(recipe: Recipe, base: State) -> dict[str, str]:
+    """Kind of each tensor: by the policy where the merge touches it, else "copy"."""
+    for what in ("include", "exclude"):
+        _refuse_idle_globs(getattr(recipe, what), base, what)
+    if not callable(recipe.policy):
+        _refuse_idle_globs(recipe.policy, base, "policy")
+    kinds = {}
+    for name in base:
+        tensor = _meta(base, name)
+        wanted = _matches(name, recipe.include or ("*",)) and not _matches(name, recipe.exclude)
+        if not wanted or not tensor.is_floating_point():
+            kinds[name] = "copy"
+            continue
+        kinds[name] = _kind(name, tensor, recipe.policy)
+        if kinds[name].startswith("matrix") and tensor.ndim != 2:
+            shape = tuple(tensor.shape)
+            raise MergeError(f"policy: '{name}' of shape {shape} cannot be a {kinds[name]}")
+    return kinds
+
+
+def _kind(name: str, tensor: Tensor, policy: Mapping[str, str] | Policy) -> str:
+    if callable(policy):
+        kind = policy(name, tensor)
+        check_known(f"policy for '{name}'", [kind], KINDS_OF_TENSOR)
+        return kind
+    for glob, kind in policy.items():
+        if fnmatchcase(name, glob):
+            return kind
+    return default_policy(name, tensor)
+
+
+def _step(name: str, x: Tensor, kind: str, uses: Sequence[_Use], vectors: str | float) -> Step:
+    """What happens to a tensor of this kind."""
+    shape = tuple(x.shape)
+    if kind == "copy":
+        return Step(name, shape, x.dtype, kind, (), "copy")
+    if kind == "vector" and vectors != "rule":
+        if isinstance(vectors, str):
+            rule, factor = {"mean": ("mean", 1.0), "copy": ("copy", None)}[vectors]
+        else:
+            rule, factor = "sum", vectors
+        return Step(name, shape, x.dtype, kind, (), rule, factor)
+    acting = [use for use in uses if use.acts_on(name, kind)]
+    purify = tuple(use.name for use in acting if use.method.kind == "purifier")
+    how = uses[-1].name if uses[-1] in acting else "mean"
+    spectral = any(use.method.acts_on == "matrix" for use in acting)
+    return Step(name, shape, x.dtype, kind, purify, how, spectral=spectral)
+
+
+def _check_work(use: _Use, steps: Iterable[Step]) -> None:
+    """A purifier must find tensors, and a count of directions must fit one of them at least."""
+    steps, name = list(steps), use.name
+    sizes = [min(s.shape, default=1) for s in steps if name in (*s.purify, s.rule)]
+    idle = use.method.kind == "purifier" or all(s.rule == "copy" for s in steps)
+    if not sizes and idle:
+        raise MergeError(f"{name} has no tensor to work on: see scope, include and exclude")
+    for option in RANK_OPTIONS:
+        rank, most = use.options.get(option), max(sizes, default=math.inf)
+        if isinstance(rank, int) and rank > most:
+            raise MergeError(f"{name}.{option}={rank} is above the largest rank, {most}")
+
+
+def _decided(vectors: str | float, scale: float, uses: Sequence[_Use], tasks: int) -> str | float:
+    """The treatment of vectors that "auto" stands for; see `merge`."""
+    if vectors != "auto":
+        return vectors
+    on_matrices = any(use.method.acts_on == "matrix" for use in uses)
+    return "mean" if on_matrices and tasks > 1 and scale >= 0 else "rule"
+
+
+def _scale(scale: float | None, uses: Sequence[_Use]) -> tuple[float, tuple[str, ...]]:
+    """The scale to use, and what the user should know about it."""
+    *purifiers, rule = uses
+    if scale is not None:
+        return float(scale), ()
+    if not rule.method.scale:
+        return 1.0, (f"scale 1.0: {rule.name} has no recommended value, try several",)
+    reduced = str(rule.options.get("reduce", "any"))
+    if reduced not in rule.method.scale:
+        raise MergeError(f"{rule.name} with reduce={reduced!r} has no recommended scale: give one")
+    recommended = rule.method.scale[reduced]
+    note = f"scale {recommended}, recommended for {rule.name}"
+    if purifiers:
+        behind = ", ".join(use.name for use in purifiers)
+        note += f" alone; no value is published behind {behind}: try several on validation data"
+    return recommended, (note,)

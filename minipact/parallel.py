@@ -3,44 +3,62 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TypeVar
 
 import torch
 
-from minipact.merging import Step
-
-Mapper = Callable[[Callable[[Step], Any], Iterable[Step]], Iterator[Any]]
+Result = TypeVar("Result")
 
 
-def threads(workers: int, room: float = math.inf) -> Mapper:
-    """`map` for `Plan.deltas(mapper=...)` and `Plan.merged`, on several threads with one core each.
+def in_threads(
+    work: Callable[[str], Result],
+    names: Iterable[str],
+    workers: int,
+    *,
+    size: Callable[[str], int] = lambda _: 1,
+    room: float = math.inf,
+) -> Iterator[Result]:
+    """work(name) for every name, in order, on several threads with one core each.
 
     Small factorisations gain nothing from several cores, so every tensor has one; results come in order
     and do not depend on the number of threads.
 
     Args:
         workers: number of threads.
+        size: entries of the tensor of a name.
         room: entries that the tensors in work may have together; a larger one is worked on alone.
     """
-
-    def mapper(work: Callable[[Step], Any], steps: Iterable[Step]) -> Iterator[Any]:
-        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-        running: deque[tuple[int, Future[Any]]] = deque()
-        try:
-            for step in steps:
-                size = math.prod(step.shape)
-                # Results wait for their turn; with fewer of them small tensors would leave threads idle.
-                full = len(running) == 4 * workers
-                while running and (full or size + sum(n for n, _ in running) > room):
-                    yield running.popleft()[1].result()
-                    full = False
-                running.append((size, pool.submit(work, step)))
-            while running:
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    running: deque[tuple[int, Future[Result]]] = deque()
+    try:
+        for name in names:
+            entries = size(name)
+            # Results wait for their turn; with fewer of them small tensors would leave threads idle.
+            full = len(running) == 4 * workers
+            while running and (full or entries + sum(n for n, _ in running) > room):
                 yield running.popleft()[1].result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what has not begun
+                full = False
+            running.append((entries, pool.submit(work, name)))
+        while running:
+            yield running.popleft()[1].result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what has not begun
 
-    return mapper
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory() -> float:
+    """Bytes of the machine's memory; infinite where the system does not tell."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf

@@ -8,17 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from minipact.merging import (
-    MergeError,
-    State,
-    Tasks,
-    _add,
-    _delta_blocks,
-    _listing,
-    _meta,
-    _mismatches,
-    plan,
-)
+from minipact.errors import MergeError, listing
+from minipact.merging import Merged, State, Tasks, add_update, mismatches, task_matrices
 
 
 class TaskVector(dict[str, Tensor]):
@@ -63,13 +54,13 @@ class TaskVector(dict[str, Tensor]):
         """State dict base + scale * self: new tensors in the base's dtypes; unnamed ones are copies."""
         unknown = [name for name in self if name not in base]
         if unknown:
-            raise MergeError(f"the base lacks {_listing(unknown)}: is it the right base?")
-        return {name: _add(name, x, self.get(name), scale, None) for name, x in base.items()}
+            raise MergeError(f"the base lacks {listing(unknown)}: is it the right base?")
+        return {name: add_update(name, x, self.get(name), scale) for name, x in base.items()}
 
     def _with(self, other: TaskVector) -> Iterator[tuple[str, Tensor, Tensor]]:
         if self.keys() != other.keys():
             differing = sorted(self.keys() ^ other.keys())
-            raise MergeError(f"task vectors differ in {_listing(differing)}")
+            raise MergeError(f"task vectors differ in {listing(differing)}")
         return ((name, delta, other[name]) for name, delta in self.items())
 
 
@@ -79,19 +70,25 @@ def task_vector(base: State, tuned: State) -> TaskVector:
     name -> difference for every floating-point tensor, in float32 (float64 where an input is). Raises
     MergeError where names or shapes of the two mappings differ, or a tensor holds NaN or infinity.
     """
-    if problems := _mismatches(base, "tuned", tuned):
+    if problems := mismatches(base, "tuned", tuned):
         raise MergeError("\n".join(problems))
-    names = [name for name in base if _meta(base, name).is_floating_point()]
-    return TaskVector(
-        {name: next(_delta_blocks(name, base, {"tuned": tuned}, None, "cpu"))[0] for name in names}
-    )
+    meta = getattr(base, "meta", base.__getitem__)
+    names = [name for name in base if meta(name).is_floating_point()]
+    return TaskVector({name: task_matrices(name, base, {"tuned": tuned})[0] for name in names})
 
 
-def merged_delta(base: State, tasks: Tasks, **recipe: Any) -> TaskVector:
-    """Merged task vector before scaling, so that a sweep over scales merges only once.
+def merged_delta(base: State, tasks: Tasks, **keywords: Any) -> TaskVector:
+    """Merged task vector before scaling: `merged_delta(...).apply_to(base, scale)` is `merge(..., scale)`.
 
-    `merged_delta(base, tasks, ...).apply_to(base, scale)` equals `merge(..., scale=scale)`. Arguments
-    and errors as in `merge`; tensors that are copied from the base have no entry.
+    Keywords and errors as in `Merged`; tensors that are copied from the base have no entry. Raises
+    MergeError too where vectors are not scaled along, as no one factor then gives the merge: use
+    `Merged(...).at(scale)`, which serves every case, or vectors="rule".
     """
-    deltas = plan(base, tasks, **recipe).deltas()
-    return TaskVector({step.name: delta.cpu() for step, _, delta in deltas if delta is not None})
+    merged = Merged(base, tasks, **keywords)
+    fixed = [name for name, step in merged.steps.items() if step.factor is not None]
+    if fixed:
+        remedy = "use Merged(...).at(scale), or vectors='rule' or 'copy'"
+        raise MergeError(f"{listing(fixed)}: vectors are not scaled along with the rest: {remedy}")
+    vectors = merged.map(lambda name: merged.parts(name)[1])
+    found = zip(merged, vectors, strict=True)
+    return TaskVector({name: delta.cpu() for name, delta in found if delta is not None})

@@ -1,7 +1,7 @@
 """X-ray of fine-tuned checkpoints: what their weights alone say about merging them, in numbers and as a page.
 
-    report = xray(base, tasks)      # measures, weight by weight; JSON-ready, keys below
-    page = render(report)           # one self-contained HTML page with the same numbers, see xray_page.py
+    report = xray(base, tasks)                     # measures, weight by weight; JSON-ready, keys below
+    write_page(Path("r.html"), render(report))     # the same numbers as one HTML page, see xray_page.py
     minipact xray BASE TASK... -o report.html [--json]
 
 Keys of the report. Shares lie in [0, 1]; lists follow the order of `tasks`; None stands for undefined.
@@ -27,44 +27,40 @@ Keys of the report. Shares lie in [0, 1]; lists follow the order of `tasks`; Non
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
 import re
-import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minipact.checkpoints import CheckpointError, open_checkpoint
-from minipact.merging import (
-    Generator,
-    MergeError,
+from minipact.diagnostics import interferences, similarities, triples_interference
+from minipact.errors import CheckpointError, MergeError, check_known
+from minipact.merging import Device, Merged, Progress, State, Step, Tasks, task_matrices
+from minipact.methods import (
+    RNG,
     Rank,
-    State,
-    Step,
-    Tasks,
-    _check_known,
-    _count,
-    _delta_blocks,
-    _generator,
-    _leading_svd,
-    _orth,
-    plan,
+    Walls,
+    direction_count,
+    is_zero,
+    leading_triples,
+    named_generator,
+    walls_between,
 )
+from minipact.recipe import Globs
 from minipact.version import __version__
-from minipact.xray_page import render, summary_line
 
 WIDE, ENRICHED, ROOM = 0.8, 1.1, 1 / 8  # see `_advice`
+HALF_PRECISION = (
+    "The base is stored in half precision: small updates may carry its rounding, "
+    "which looks random."
+)
 Report = dict[str, Any]
-
-# ---- Measure -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -76,11 +72,11 @@ def xray(
     task: Rank = 0.04,
     tol: float = 1e-3,
     svd: str = "exact",
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    device: str | torch.device = "cpu",
+    include: Globs = None,
+    exclude: Globs = None,
+    device: Device = "cpu",
     seed: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress = None,
 ) -> Report:
     """Diagnose fine-tuned models against their base, from the weights alone.
 
@@ -96,61 +92,94 @@ def xray(
         MergeError: the inputs do not fit together, hold NaN, hold no matrix that a task changed, a task
             equals the base, or an option is out of range.
     """
-    checked = plan(base, tasks, include=include, exclude=exclude, device=device)
+    merged = Merged(base, tasks, include=include, exclude=exclude, device=device)
     settings = {"core": core, "task": task, "tol": tol, "svd": svd, "seed": seed}
-    steps = [step for step in checked.steps if step.kind != "copy"]
-    _check(settings, base, checked.tasks, steps)
-    layers: list[Report] = []
-    skipped: list[Report] = []
-    sums, base_energy = torch.zeros(5, len(checked.tasks), len(checked.tasks)).double(), 0.0
-    for done, step in enumerate(steps, start=1):
-        D = next(_delta_blocks(step.name, base, checked.tasks, None, device))
-        W0 = base[step.name].to(D)
-        pairs = _pair_sums(D)
-        sums += pairs
-        base_energy += float(W0.double().square().sum())
-        if step.kind.startswith("matrix"):
-            why = "" if D.any() else "no task changed it"
-            why = why if W0.any() else "it is zero in the base, so it has no core"
-            if why:
-                skipped.append({"name": step.name, "why": why})
-            else:
-                flip = step.kind == "matrix_T"
-                layer = _layer(step.name, W0.mT if flip else W0, D.mT if flip else D, settings)
-                layers.append(layer | {"sign_conflict": _off_diagonal_mean(_conflicts(pairs[1:3]))})
+    steps = [step for step in merged.steps.values() if step.kind != "copy"]
+    _check(settings, steps)
+
+    def look(name: str) -> _Look:
+        return _look(merged, merged.steps[name], settings)
+
+    looks = []
+    for found in merged.map(look, [step.name for step in steps]):
+        looks.append(found)
         if progress is not None:
-            progress(done, len(steps), step.name)
-    if not layers:
+            progress(len(looks), len(steps), found.name)
+    if all(found.layer is None for found in looks):
         raise MergeError("no matrix to look into: see include and exclude")
-    vectors = sum(step.kind == "vector" for step in steps)
-    report: Report = {
-        "minipact": __version__, "tasks": list(checked.tasks), "settings": settings, "skipped": skipped,
-        "counts": {"matrices": len(layers), "vectors": vectors, "copied": len(checked.steps) - len(steps)},
-        **_summed_up(list(checked.tasks), layers, sums, base_energy),
-    }  # fmt: skip
+    report = {
+        "minipact": __version__,
+        "tasks": list(merged.tasks),
+        "settings": settings,
+        "skipped": [{"name": found.name, "why": found.why} for found in looks if found.why],
+        "counts": {
+            "matrices": sum(found.layer is not None for found in looks),
+            "vectors": sum(step.kind == "vector" for step in steps),
+            "copied": len(merged.steps) - len(steps),
+        },
+        **_summed_up(list(merged.tasks), looks),
+    }
     if any(step.dtype in (torch.float16, torch.bfloat16) for step in steps):
-        report["advice"]["warnings"].append(
-            "The base is stored in half precision: small updates may carry its rounding, which looks random."
-        )
-    return {key: _clean(value) for key, value in report.items()}
+        report["advice"]["warnings"].append(HALF_PRECISION)
+    clean: Report = _clean(report)
+    return clean
 
 
-def _check(settings: Report, base: State, tasks: Mapping[str, State], steps: list[Step]) -> None:
+def _check(settings: Report, steps: Sequence[Step]) -> None:
     """All that can be known before the long work."""
     sizes = [min(step.shape) for step in steps if step.kind.startswith("matrix")]
     if not sizes:
         raise MergeError("no matrix to look into: see include and exclude")
-    _check_known("svd", [settings["svd"]], ("exact", "randomized"))
+    check_known("svd", [settings["svd"]], ("exact", "randomized"))
     if not 0 <= settings["tol"] < 1:
         raise MergeError(f"tol={settings['tol']} must satisfy 0 <= tol < 1")
     for option in ("core", "task"):
         if settings[option] == 0:
             raise MergeError(f"{option}=0 leaves nothing to measure: give 1 or more")
         spectrum = torch.ones(max(sizes)) if settings["svd"] == "exact" else None
-        _count(settings[option], max(sizes), spectrum)
-    for label, task in tasks.items():
-        if all(torch.equal(base[step.name], task[step.name]) for step in steps):
-            raise MergeError(f"task '{label}' equals the base in every tensor: leave it out")
+        direction_count(settings[option], max(sizes), spectrum)
+
+
+# ---- One weight ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What one tensor tells.
+
+    Attributes:
+        name: of the tensor.
+        pairs: [5, T, T] of `_pair_sums`.
+        base_energy: sum of squares of the base's entries.
+        why: reason to leave it out of the layers, "" for none.
+        layer: its entry in the report, None for vectors and what is left out.
+        tables: measures of pairs of tasks [T, T], and what chance gives for them.
+    """
+
+    name: str
+    pairs: Tensor
+    base_energy: float
+    why: str = ""
+    layer: Report | None = None
+    tables: dict[str, Tensor] | None = None
+
+
+def _look(merged: Merged, step: Step, settings: Report) -> _Look:
+    name = step.name
+    D = task_matrices(name, merged.base, merged.tasks, device=merged.device)
+    W0 = merged.base[name].to(D)
+    pairs, base_energy = _pair_sums(D), float(W0.double().square().sum())
+    if step.kind == "vector":
+        return _Look(name, pairs, base_energy)
+    if is_zero(W0):
+        return _Look(name, pairs, base_energy, "it is zero in the base, so it has no core")
+    if is_zero(D):
+        return _Look(name, pairs, base_energy, "no task changed it")
+    if step.kind == "matrix_T":
+        W0, D = W0.mT, D.mT
+    layer, tables = _layer(name, W0, D, settings)
+    layer["sign_conflict"] = _off_diagonal_mean(_conflicts(pairs[1:3]))
+    return _Look(name, pairs, base_energy, "", layer, tables)
 
 
 def _pair_sums(D: Tensor) -> Tensor:
@@ -174,165 +203,199 @@ def _conflicts(sums: Tensor) -> Tensor:
     return shares
 
 
-def _layer(name: str, W0: Tensor, D: Tensor, settings: Report) -> Report:
-    """All measures of one weight, W0 [m, n] and D [T, m, n]."""
-    generator, svd = _generator(settings["seed"], name), settings["svd"]
-    m, n = W0.shape
-    _, _, v0, core_half = _directions(W0, settings["core"], svd, generator)
-    found = [_directions(d, settings["task"], svd, generator) for d in D]
-    us, ss, vs, halves = zip(*found, strict=True)
-    k, energy = v0.shape[1], [float(d.double().square().sum()) for d in D]
-    frame = torch.linalg.qr(torch.cat([v0, *vs], dim=1)).Q  # all subspaces lie in its span
-    c0, own = frame.mT @ v0, [frame.mT @ v for v in vs]
-    walls = [_wall(c0, c, settings["tol"]) for c in own]
-    others = [[w for i, w in enumerate(walls) if i != j] for j in range(len(D))]
-    shields = [_orth(torch.cat(o, 1), settings["tol"]) if o else c0[:, :0] for o in others]
-    parts = [d.double() @ frame for d in D]
-    intrusion = [_share(x @ c0, e) for x, e in zip(parts, energy, strict=True)]
-    draws = [torch.randn(n, vs[0].shape[1], generator=generator).double().to(v0) for _ in "ab"]
-    a, b = (_wall(v0, torch.linalg.qr(x).Q, settings["tol"]) for x in draws)
-    sti, sti_chance = _task_interference(us, ss, vs)
-    chance = k / n
-    return {
-        "name": name, "shape": [m, n], "core": k, "task": [v.shape[1] for v in vs],
-        "energy": energy, "intrusion": intrusion, "core_chance": chance,
-        "enrichment": _mean(intrusion) / chance,
-        "shield": [p.shape[1] for p in shields],
-        "shield_chance": mean(p.shape[1] for p in shields) / n,
-        "removed": [_share(x @ p, e) for x, p, e in zip(parts, shields, energy, strict=True)],
-        "wall_similarity": [[_overlap(x, y, min(x.shape[1], y.shape[1])) for y in walls] for x in walls],
-        "wall_chance": _overlap(a, b, min(a.shape[1], b.shape[1])),
-        "hidden": [[_overlap(c, w, c.shape[1]) for w in walls] for c in own],
-        "hidden_chance": mean(w.shape[1] for w in walls) / n,
-        "sti": sti, "sti_ratio": sti / sti_chance if sti_chance else math.nan,
-        "core_half": core_half, "task_half": list(halves),
-    }  # fmt: skip
+def _layer(name: str, W0: Tensor, D: Tensor, settings: Report) -> tuple[Report, dict[str, Tensor]]:
+    """All measures of one weight, W0 [m, n] and D [T, m, n]: of tasks, and of pairs of tasks."""
+    generator = named_generator(settings["seed"], name)
+    svd, tol, n = settings["svd"], settings["tol"], W0.shape[1]
+    core = _directions(W0, settings["core"], svd, generator)
+    tasks = [_directions(d, settings["task"], svd, generator) for d in D]
+    walls = walls_between(core.v, [task.v for task in tasks], tol)
+    shares = _shares(D, walls)
+    sti, by_chance = _task_interference(tasks)
+    chance = core.v.shape[1] / n
+    layer = {
+        "name": name,
+        "shape": list(W0.shape),
+        "core": core.v.shape[1],
+        "task": [task.v.shape[1] for task in tasks],
+        **shares,
+        "core_chance": chance,
+        "enrichment": _mean(shares["intrusion"]) / chance,
+        "shield_chance": mean(shares["shield"]) / n,
+        "sti": sti,
+        "sti_ratio": _ratio(sti, by_chance),
+        "core_half": core.half,
+        "task_half": [task.half for task in tasks],
+    }
+    tables = {
+        "wall_similarity": similarities(walls),
+        "wall_chance": _similarity_by_chance(core.v, tasks[0].v.shape[1], tol, generator),
+        "hidden_interference": interferences(walls),
+        "hidden_chance": torch.tensor(mean(b.shape[1] for b in walls.bases) / n).double(),
+    }
+    return layer, tables
 
 
-def _directions(
-    x: Tensor, rank: Rank, svd: str, generator: Generator
-) -> tuple[Tensor, Tensor, Tensor, int | None]:
-    """Leading triples U, S, V as `rank` says, and how many directions hold half of the energy."""
+class _Directions(NamedTuple):
+    """Leading singular triples, and how many directions hold half of the energy."""
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    half: int | None
+
+
+def _directions(x: Tensor, rank: Rank, svd: str, generator: RNG) -> _Directions:
+    """Those of x [m, n] as `rank` says; `half` is None where a sketch ended before."""
     size = min(x.shape)
-    rank = min(rank, size) if isinstance(rank, int) else rank
-    sketch = size if svd == "exact" else max(_count(rank, size), int(ROOM * size), 1)
-    u, s, v = _leading_svd(x, sketch, svd, generator)
-    k = min(len(s), _count(rank, size, s))
-    held = s.square().cumsum(0) >= x.double().square().sum() / 2
-    half = int((~held).sum()) + 1 if held.any() else None
-    return u[:, :k].clone(), s[:k].clone(), v[:, :k].clone(), half
+    if isinstance(rank, int):
+        rank = min(rank, size)
+    wanted = size
+    if svd == "randomized":
+        wanted = max(direction_count(rank, size), int(ROOM * size), 1)
+    u, s, v = leading_triples(x, wanted, svd, generator)
+    k = min(len(s), direction_count(rank, size, s))
+    below = s.square().cumsum(0) < x.double().square().sum() / 2
+    half = None if below.all() else int(below.sum()) + 1
+    return _Directions(u[:, :k].clone(), s[:k].clone(), v[:, :k].clone(), half)
 
 
-def _wall(v0: Tensor, v: Tensor, tol: float) -> Tensor:
-    """LBW subspace: basis of the core V_0 without the task's own directions V."""
-    return _orth(v0 - v @ (v.mT @ v0), tol)
+def _shares(D: Tensor, walls: Walls) -> dict[str, list[float]]:
+    """Energy of each task, its shares in the core and in what PACT would remove, width of its shield."""
+    found: dict[str, list[float]] = {"energy": [], "intrusion": [], "removed": [], "shield": []}
+    for j, d in enumerate(D.double()):
+        energy, part, shield = float(d.square().sum()), d @ walls.frame, walls.union(j)
+        found["energy"].append(energy)
+        found["intrusion"].append(_ratio(float((part @ walls.core).square().sum()), energy))
+        found["removed"].append(_ratio(float((part @ shield).square().sum()), energy))
+        found["shield"].append(shield.shape[1])
+    return found
 
 
-def _share(x: Tensor, energy: float) -> float:
-    return float(x.square().sum()) / energy if energy else math.nan
+def _similarity_by_chance(v0: Tensor, rank: int, tol: float, generator: RNG) -> Tensor:
+    """Similarity of the walls of two tasks whose updates are random."""
+    draws = [torch.randn(v0.shape[0], rank, generator=generator) for _ in range(2)]
+    updates = [torch.linalg.qr(x.to(v0)).Q for x in draws]
+    return similarities(walls_between(v0, updates, tol))[0, 1]
 
 
-def _overlap(a: Tensor, b: Tensor, size: int) -> float:
-    return float((a.mT @ b).square().sum()) / size if size else math.nan
-
-
-def _task_interference(
-    us: Sequence[Tensor], ss: Sequence[Tensor], vs: Sequence[Tensor]
-) -> tuple[float, float]:
+def _task_interference(tasks: Sequence[_Directions]) -> tuple[float, float]:
     """Singular task interference of leading triples, and what random directions would give.
 
     The latter by the central limit: an inner product of random directions in m dimensions has
     variance 1 / m, and the mean magnitude of a Gaussian is sqrt(2 / pi) times its deviation.
     """
-    u, s, v = torch.cat([*us], 1), torch.cat([*ss]), torch.cat([*vs], 1)
-    eye = torch.eye(len(s)).to(s)
-    value = float((((u.mT @ u - eye) * s) @ (v.mT @ v - eye)).abs().sum())
-    energies = torch.stack([x.square().sum() for x in ss])
-    counts = torch.tensor([len(x) for x in ss]).to(energies)
+    u, v = torch.cat([t.u for t in tasks], 1), torch.cat([t.v for t in tasks], 1)
+    value = triples_interference(u, torch.cat([t.s for t in tasks]), v).abs().sum()
+    energies = torch.stack([t.s.square().sum() for t in tasks])
+    counts = torch.tensor([len(t.s) for t in tasks]).to(energies)
     rest = energies.sum() - energies[:, None] - energies + energies.diag()
     pairs = (counts[:, None] * counts * rest.clamp(min=0).sqrt()).sum()
-    return value, float(pairs) * math.sqrt(2 / math.pi / u.shape[0] / v.shape[0])
+    return float(value), float(pairs) * math.sqrt(2 / math.pi / u.shape[0] / v.shape[0])
 
 
-# ---- Sum up --------------------------------------------------------------------------------------
+# ---- All weights ---------------------------------------------------------------------------------
 
 
-def _summed_up(names: list[str], layers: list[Report], sums: Tensor, base_energy: float) -> Report:
-    def table(key: str) -> Tensor:
-        return torch.tensor([layer.pop(key) for layer in layers], dtype=torch.float64).nanmean(0)
-
-    norms = sums[0].diag().sqrt()
-    tables: dict[str, tuple[Tensor, float]] = {
-        "cosine": (sums[0] / norms / norms[:, None], 0.0),
-        "sign_conflict": (_conflicts(sums[1:3]), 0.5),
-        "sign_conflict_large": (_conflicts(sums[3:5]), 0.5),
-        "wall_similarity": (table("wall_similarity"), float(table("wall_chance"))),
-        "hidden_interference": (table("hidden"), float(table("hidden_chance"))),
+def _summed_up(names: Sequence[str], looks: Sequence[_Look]) -> Report:
+    """What all tensors together say, as the parts of the report."""
+    layers = [found.layer for found in looks if found.layer is not None]
+    sums = torch.stack([found.pairs for found in looks]).sum(0)
+    pairs = _pairs(sums, [found.tables for found in looks if found.tables is not None])
+    base_norm = math.sqrt(math.fsum(found.base_energy for found in looks))
+    per_task = {
+        name: _task(t, layers, sums[0, t, t].item(), base_norm, pairs["hidden_interference"])
+        for t, name in enumerate(names)
     }
-    pairs: Report = {
-        key: {"values": x.tolist(), "mean": _off_diagonal_mean(x), "chance": chance}
-        for key, (x, chance) in tables.items()
+    summary = {
+        "enrichment": _mean(row["enrichment"] for row in per_task.values()),
+        "removed": _mean(row["removed"] for row in per_task.values()),
+        "shield": _mean(row["shield_chance"] for row in per_task.values()),
+        "cosine": pairs["cosine"]["mean"],
+        "sign_conflict": pairs["sign_conflict"]["mean"],
     }
-    hidden = tables["hidden_interference"][0]
-    per_task: dict[str, Report] = {}
-    for t, name in enumerate(names):
-        rest = [i for i in range(len(names)) if i != t]
-        per_task[name] = {
-            "norm": float(norms[t]),
-            "norm_ratio": float(norms[t]) / math.sqrt(base_energy) if base_energy else math.nan,
-            "matrix_share": math.fsum(layer["energy"][t] for layer in layers)
-            / float(sums[0, t, t]),
-            **_weighted(layers, t),
-            "suffers": _mean(hidden[rest, t].tolist()),
-            "inflicts": _mean(hidden[t, rest].tolist()),
-            "half": _median(_fraction(layer, layer["task_half"][t]) for layer in layers),
-        }
-    rows = per_task.values()
-    summary = {key: _mean(row[key] for row in rows) for key in ("enrichment", "removed")}
-    summary["shield"] = _mean(row["shield_chance"] for row in rows)
-    summary |= {key: pairs[key]["mean"] for key in ("cosine", "sign_conflict")}
     groups = _groups(layers)
-    advice = _advice(layers, groups, len(names), summary)
-    return {"summary": summary, "per_task": per_task, "pairs": pairs, "layers": layers,
-            "groups": groups, "advice": advice}  # fmt: skip
-
-
-def _weighted(layers: list[Report], t: int) -> Report:
-    """A task's intrusion and removal over all matrices, each weighted by its energy there."""
-    rows = [layer for layer in layers if layer["energy"][t]]
-    total = math.fsum(row["energy"][t] for row in rows) or math.nan
-
-    def over(value: Callable[[Report], float]) -> float:
-        return math.fsum(row["energy"][t] * value(row) for row in rows) / total
-
-    inside, chance = over(lambda r: r["intrusion"][t]), over(lambda r: r["core_chance"])
     return {
-        "intrusion": inside, "core_chance": chance, "enrichment": inside / chance,
-        "removed": over(lambda r: r["removed"][t]),
-        "shield_chance": over(lambda r: r["shield"][t] / r["shape"][1]),
+        "summary": summary, "per_task": per_task, "pairs": pairs, "layers": layers, "groups": groups,
+        "advice": _advice(layers, groups, len(names), summary),
     }  # fmt: skip
 
 
-def _groups(layers: list[Report]) -> list[Report]:
+def _pairs(sums: Tensor, tables: Sequence[dict[str, Tensor]]) -> Report:
+    """Measures of pairs of tasks: over all entries, or as the mean of all matrices."""
+
+    def average(key: str) -> Tensor:
+        return torch.stack([table[key] for table in tables]).nanmean(0)
+
+    norms = sums[0].diag().sqrt()
+    return {
+        "cosine": _pair_table(sums[0] / norms / norms[:, None], 0.0),
+        "sign_conflict": _pair_table(_conflicts(sums[1:3]), 0.5),
+        "sign_conflict_large": _pair_table(_conflicts(sums[3:5]), 0.5),
+        "wall_similarity": _pair_table(average("wall_similarity"), float(average("wall_chance"))),
+        "hidden_interference": _pair_table(
+            average("hidden_interference"), float(average("hidden_chance"))
+        ),
+    }
+
+
+def _pair_table(values: Tensor, chance: float) -> Report:
+    return {"values": values.tolist(), "mean": _off_diagonal_mean(values), "chance": chance}
+
+
+def _task(
+    t: int, layers: Sequence[Report], energy: float, base_norm: float, hidden: Report
+) -> Report:
+    """A task's row: its matrices together, each weighted by its energy there."""
+    rows = [layer for layer in layers if layer["energy"][t]]
+    weights = [row["energy"][t] for row in rows]
+    intrusion = _weighted_mean([row["intrusion"][t] for row in rows], weights)
+    chance = _weighted_mean([row["core_chance"] for row in rows], weights)
+    others = [i for i in range(len(hidden["values"])) if i != t]
+    return {
+        "norm": math.sqrt(energy),
+        "norm_ratio": _ratio(math.sqrt(energy), base_norm),
+        "matrix_share": math.fsum(weights) / energy,
+        "intrusion": intrusion,
+        "core_chance": chance,
+        "enrichment": intrusion / chance,
+        "removed": _weighted_mean([row["removed"][t] for row in rows], weights),
+        "shield_chance": _weighted_mean(
+            [row["shield"][t] / row["shape"][1] for row in rows], weights
+        ),
+        "suffers": _mean(hidden["values"][i][t] for i in others),
+        "inflicts": _mean(hidden["values"][t][i] for i in others),
+        "half": median(_fraction(layer, layer["task_half"][t]) for layer in layers),
+    }
+
+
+def _groups(layers: Sequence[Report]) -> list[Report]:
     """Layers of one kind together: names that differ in their number only, written as a glob."""
     kinds: dict[str, list[Report]] = {}
     for layer in layers:
-        kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", layer["name"]), []).append(layer)
-    groups = []
-    for pattern, rows in kinds.items():
-        shield = max(max(row["shield"]) / row["shape"][1] for row in rows)
-        enrichment = _mean(row["enrichment"] for row in rows)
-        groups.append({
-            "pattern": pattern, "layers": len(rows), "enrichment": enrichment, "shield": shield,
-            "removed": _mean(x for row in rows for x in row["removed"]),
-            "core_half": _median(_fraction(row, row["core_half"]) for row in rows),
-            "task_half": _median(_fraction(row, x) for row in rows for x in row["task_half"]),
-            "recommended": enrichment >= ENRICHED and shield <= WIDE,
-        })  # fmt: skip
-    return groups
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", layer["name"])
+        kinds.setdefault(pattern, []).append(layer)
+    return [_group(pattern, rows) for pattern, rows in kinds.items()]
 
 
-def _advice(layers: list[Report], groups: list[Report], tasks: int, summary: Report) -> Report:
+def _group(pattern: str, rows: Sequence[Report]) -> Report:
+    shield = max(_widest(row) for row in rows)
+    enrichment = _mean(row["enrichment"] for row in rows)
+    return {
+        "pattern": pattern,
+        "layers": len(rows),
+        "enrichment": enrichment,
+        "shield": shield,
+        "removed": _mean(x for row in rows for x in row["removed"]),
+        "core_half": median(_fraction(row, row["core_half"]) for row in rows),
+        "task_half": median(_fraction(row, x) for row in rows for x in row["task_half"]),
+        "recommended": enrichment >= ENRICHED and shield <= WIDE,
+    }
+
+
+def _advice(
+    layers: Sequence[Report], groups: Sequence[Report], tasks: int, summary: Report
+) -> Report:
     """Suggested ranks and scope: a rule of thumb of ours from the weights alone, not from any paper.
 
     A shield spans at most K + (T - 1) k of n directions; the suggestion keeps that within ROOM of the
@@ -340,25 +403,54 @@ def _advice(layers: list[Report], groups: list[Report], tasks: int, summary: Rep
     share of directions that hold half of the energy. A kind of layer is recommended where task vectors
     use the core ENRICHED times as much as chance, and no shield fills more than WIDE of the width.
     """
-    core = _median(_fraction(row, row["core_half"]) for row in layers)
-    task = _median(_fraction(row, x) for row in layers for x in row["task_half"])
-    bare = sum((tasks - 1) * row["core"] >= row["shape"][1] for row in layers)
-    wide = sum(max(row["shield"]) > WIDE * row["shape"][1] for row in layers)
-    notes = {
-        f"In {bare} of {len(layers)} matrices (T - 1) K reaches the width n: a shield built by plain QR, "
-        "without a test of rank, would remove the whole task vector there.": bare,
-        f"In {wide} of {len(layers)} matrices a shield fills more than {WIDE:.0%} of the width: PACT would "
-        "remove nearly everything. Take smaller ranks, a larger tolerance, or a scope.": wide,
-        "At the ranks measured, PACT would remove more than half of the task vectors' energy, their own "
-        "knowledge included: try smaller ranks too.": summary["removed"] > 0.5,
-        "Task vectors use the core hardly more than chance: try the plain rules first, PACT may change "
-        "little.": summary["enrichment"] < ENRICHED,
-    }
+    core = median(_fraction(row, row["core_half"]) for row in layers)
+    task = median(_fraction(row, x) for row in layers for x in row["task_half"])
     return {
-        "core": _floor(min(ROOM / 2, core)), "task": _floor(min(ROOM / 2 / max(1, tasks - 1), task)),
+        "core": _floor(min(ROOM / 2, core)),
+        "task": _floor(min(ROOM / 2 / max(1, tasks - 1), task)),
         "scope": [group["pattern"] for group in groups if group["recommended"]],
-        "warnings": [text for text, holds in notes.items() if holds],
-    }  # fmt: skip
+        "warnings": _warnings(layers, tasks, summary),
+    }
+
+
+def _warnings(layers: Sequence[Report], tasks: int, summary: Report) -> list[str]:
+    found = []
+    bare = sum((tasks - 1) * row["core"] >= row["shape"][1] for row in layers)
+    if bare:
+        found.append(
+            f"In {bare} of {len(layers)} matrices (T - 1) K reaches the width n: a shield built by plain "
+            "QR, without a test of rank, would remove the whole task vector there."
+        )
+    wide = sum(_widest(row) > WIDE for row in layers)
+    if wide:
+        found.append(
+            f"In {wide} of {len(layers)} matrices a shield fills more than {WIDE:.0%} of the width: PACT "
+            "would remove nearly everything. Take smaller ranks, a larger tolerance, or a scope."
+        )
+    if summary["removed"] > 0.5:
+        found.append(
+            "At the ranks measured, PACT would remove more than half of the task vectors' energy, their "
+            "own knowledge included: try smaller ranks too."
+        )
+    if summary["enrichment"] < ENRICHED:
+        found.append(
+            "Task vectors use the core hardly more than chance: try the plain rules first, PACT may "
+            "change little."
+        )
+    return found
+
+
+# ---- Numbers -------------------------------------------------------------------------------------
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+def _widest(layer: Report) -> float:
+    """Share of the width that the widest shield of a matrix fills."""
+    share: float = max(layer["shield"]) / layer["shape"][1]
+    return share
 
 
 def _fraction(layer: Report, count: int | None) -> float:
@@ -367,6 +459,7 @@ def _fraction(layer: Report, count: int | None) -> float:
 
 
 def _floor(share: float) -> float:
+    """Rounded down to three digits, at least 0.001."""
     return max(1, int(share * 1000 + 1e-9)) / 1000
 
 
@@ -379,8 +472,9 @@ def _mean(values: Iterable[float]) -> float:
     return mean(known) if known else math.nan
 
 
-def _median(values: Iterable[float]) -> float:
-    return median(list(values))
+def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    products = [weight * value for weight, value in zip(weights, values, strict=True)]
+    return _ratio(math.fsum(products), math.fsum(weights))
 
 
 def _clean(value: Any) -> Any:
@@ -389,90 +483,16 @@ def _clean(value: Any) -> Any:
         return {key: _clean(x) for key, x in value.items()}
     if isinstance(value, list):
         return [_clean(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
-# ---- Run -----------------------------------------------------------------------------------------
+# ---- The page as a file --------------------------------------------------------------------------
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Enter `minipact xray` into the command line; the caller sets what runs it."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "xray",
-        help="diagnose checkpoints before merging",
-        description="Tell from the weights alone how fine-tuned checkpoints would collide: one HTML page.",
-        epilog="example: minipact xray base.safetensors cars.safetensors dtd.safetensors -o report.html",
-    )
-    parser.add_argument("base", metavar="BASE", type=Path, help="pre-trained checkpoint")
-    parser.add_argument("tasks", metavar="TASK", nargs="+", help="fine-tuned one, or NAME=PATH")
-    parser.add_argument("-o", "--output", metavar="OUT.html", type=Path, help="page to write")
-    parser.add_argument("--core", default="0.05", help="K: count, share, energy:X (%(default)s)")
-    parser.add_argument("--task", default="0.04", help="k, likewise (%(default)s)")
-    parser.add_argument("--tol", type=float, default=1e-3, help="of the bases (%(default)s)")
-    parser.add_argument("--svd", choices=("exact", "randomized"), default="exact",
-                        help="randomized is faster on large matrices (%(default)s)")  # fmt: skip
-    parser.add_argument("--include", action="append", metavar="GLOB", help="only these tensors")
-    parser.add_argument("--exclude", action="append", metavar="GLOB", help="leave these out")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of sketches (%(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
-    parser.add_argument("--json", action="store_true", help="the numbers on standard output")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
-    return parser
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """`minipact xray`, with `arguments.tasks` as {name: path} and a device that exists."""
-    from tqdm import tqdm
-
-    started = time.perf_counter()
-    _check_page(arguments.output, arguments.overwrite, arguments.json)
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise MergeError(f"--threads {arguments.threads}: must be 1 or more")
-        torch.set_num_threads(arguments.threads)
-    base = open_checkpoint(arguments.base)
-    tasks = {name: open_checkpoint(path) for name, path in arguments.tasks.items()}
-    quiet = arguments.quiet or not sys.stderr.isatty()
-    with tqdm(unit="tensor", desc="looking", disable=quiet) as bar:
-
-        def progress(done: int, total: int, name: str) -> None:
-            bar.total = total
-            bar.update()
-
-        report = xray(
-            base, tasks, core=_rank(arguments.core), task=_rank(arguments.task), tol=arguments.tol,
-            svd=arguments.svd, include=arguments.include, exclude=arguments.exclude,
-            device=arguments.device, seed=arguments.seed, progress=progress,
-        )  # fmt: skip
-    report["base"] = str(arguments.base)
-    if arguments.output is not None:
-        _write(arguments.output, render(report))
-    if arguments.json:
-        print(json.dumps(report, indent=2, allow_nan=False))
-    elif not arguments.quiet:
-        print(summary_line(report))
-        for text in report["advice"]["warnings"]:
-            print(f"note: {text}")
-        print(f"wrote {arguments.output} in {time.perf_counter() - started:.1f} s")
-    return 0
-
-
-def _rank(text: str) -> Rank:
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _check_page(path: Path | None, overwrite: bool, numbers: bool) -> None:
-    if path is None:
-        if not numbers:
-            raise CheckpointError("nothing to do: give -o report.html, --json, or both")
-        return
+def check_page(path: Path, overwrite: bool = False) -> None:
+    """Raise CheckpointError unless a page can be written there."""
     if path.suffix not in (".html", ".htm"):
         raise CheckpointError(f"{path}: the page is HTML, so end its name in .html")
     if not path.absolute().parent.is_dir():
@@ -481,7 +501,7 @@ def _check_page(path: Path | None, overwrite: bool, numbers: bool) -> None:
         raise CheckpointError(f"{path} exists: choose another output, or give --overwrite")
 
 
-def _write(path: Path, text: str) -> None:
+def write_page(path: Path, text: str) -> None:
     """All or nothing: the page grows in PATH.partial and takes its name at the end."""
     partial = path.with_name(path.name + ".partial")
     try:

@@ -15,34 +15,21 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 
+from helpers import same, single
 from minipact import checkpoints
-from minipact.checkpoints import (
-    CheckpointError,
-    Output,
-    check_output,
-    copy_side_files,
-    open_checkpoint,
-    parse_size,
-    save_checkpoint,
-    sha256,
-)
+from minipact.checkpoints import open_checkpoint, sha256
+from minipact.errors import CheckpointError
+from minipact.output import Output, check_output, copy_side_files, parse_size, save_checkpoint
 
 
 @pytest.fixture
 def state() -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(0)
     return {
-        "a.weight": torch.randn(20, 10, generator=g),
-        "b.weight": torch.randn(30, 10, generator=g).bfloat16(),
-        "c.bias": torch.randn(7, generator=g).half(),
+        "a.weight": single(20, 10),
+        "b.weight": single(30, 10, seed=1).bfloat16(),
+        "c.bias": single(7, seed=2).half(),
         "steps": torch.tensor(5),
     }
-
-
-def same(found, expected: dict[str, Tensor]) -> bool:
-    return list(sorted(found)) == sorted(expected) and all(
-        found[name].dtype == x.dtype and torch.equal(found[name], x) for name, x in expected.items()
-    )
 
 
 # ---- Round trips ---------------------------------------------------------------------------------

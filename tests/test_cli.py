@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import minipact as mp
-from minipact.__main__ import _named, main
-from minipact.checkpoints import sha256
+from helpers import same, tuned
+from minipact.__main__ import main
+from minipact.checkpoints import open_checkpoint, sha256
 
 
 def model(seed: int, base: dict[str, Tensor] | None = None, width: int = 32) -> dict[str, Tensor]:
@@ -44,10 +45,6 @@ def run(folder: Path, *arguments: str) -> int:
 def merged_in_memory(folder: Path, **recipe) -> dict[str, Tensor]:
     tasks = {t: load_file(folder / f"{t}.safetensors") for t in "abc"}
     return mp.merge(load_file(folder / "base.safetensors"), tasks, **recipe)
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +89,7 @@ def test_folder_with_card_shards_and_side_files(files: Path):
     assert (out / "config.json").exists()
     card = (out / "README.md").read_text()
     assert sha256(files / "a.safetensors") in card
-    assert "- A: " in card
+    assert "| A | safetensors file |" in card
     assert '"rule": "task_arithmetic"' in card
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) == 2
@@ -103,15 +100,14 @@ def test_summary_and_json(files: Path, capsys: pytest.CaptureFixture[str]):
     assert run(files, "-o", str(out), "--rule", "tsv_m", "--purify", "pact") == 0
     text = capsys.readouterr().out
     assert "2 tensors: pact > tsv_m" in text
-    assert "1 tensors: mean" in text
+    assert "1 tensors: mean, unscaled" in text
     assert "no value is published behind pact" in text
     assert run(files, "-o", str(out), "--overwrite", "--json") == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["scale"] == 0.3
+    assert summary["record"]["recipe"]["scale"] == 0.3
     assert summary["bytes"] == out.stat().st_size
     assert summary["tasks"].keys() == set("abc")
-    with_header = mp.checkpoints.open_checkpoint(out).metadata
-    assert json.loads(with_header["merge"])["rule"] == "task_arithmetic"
+    assert json.loads(open_checkpoint(out).metadata["merge"]) == summary["record"]
 
 
 def test_dry_run_writes_nothing(files: Path, capsys: pytest.CaptureFixture[str]):
@@ -224,7 +220,9 @@ def test_overwriting_a_folder_does_not_take_the_inputs_along(
     assert sorted(files.iterdir()) == before
 
 
-def test_tasks_take_the_names_that_one_sees(files: Path, monkeypatch: pytest.MonkeyPatch):
+def test_tasks_take_the_names_that_one_sees(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     for task, folder in (("a", "tiny-2.5-math"), ("b", "tiny-2.5-code")):
         (files / folder).mkdir()
         (files / f"{task}.safetensors").rename(files / folder / "model.safetensors")
@@ -235,10 +233,12 @@ def test_tasks_take_the_names_that_one_sees(files: Path, monkeypatch: pytest.Mon
         f"{files / 'tiny-2.5-code'}/",
         str(files / "signs.safetensors"),
     ]
-    named = _named([*texts, "cars=~/c.safetensors"])
-    assert list(named) == ["tiny-2.5-math", "tiny-2.5-code", "signs", "cars"]
-    assert named["cars"] == files / "c.safetensors"
-    assert main(["merge", str(files / "base.safetensors"), *texts, "-o", str(files / "out")]) == 0
+    texts.append("cars=~/c.safetensors")
+    out = ["-o", str(files / "out"), "--json"]
+    assert main(["merge", str(files / "base.safetensors"), *texts, *out]) == 0
+    tasks = json.loads(capsys.readouterr().out)["tasks"]
+    assert set(tasks) == {"tiny-2.5-math", "tiny-2.5-code", "signs", "cars"}
+    assert str(files / "c.safetensors") in tasks["cars"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -251,10 +251,8 @@ def test_a_summary_that_cannot_be_told_does_not_deny_the_output(files: Path):
     assert told.returncode == 1
     assert "o.safetensors is written and whole" in told.stderr
     assert "Exception" not in told.stderr
-    a = {"a": load_file(files / "a.safetensors")}
-    assert same(
-        load_file(files / "o.safetensors"), mp.merge(load_file(files / "base.safetensors"), a)
-    )
+    merged = mp.merge(load_file(inputs[0]), {"a": load_file(inputs[1])})
+    assert same(load_file(files / "o.safetensors"), merged)
 
 
 def test_a_reader_that_leaves_early_is_no_error_message():
@@ -264,14 +262,6 @@ def test_a_reader_that_leaves_early_is_no_error_message():
 
 
 # ---- Layouts of real checkpoints -----------------------------------------------------------------
-
-
-def tuned(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return {
-        name: x + (0.02 * torch.randn(x.shape, generator=g)).to(x) if x.is_floating_point() else x
-        for name, x in state.items()
-    }
 
 
 TINY_CLIP = {
@@ -342,14 +332,14 @@ def test_sharded_half_precision_language_model(tmp_path: Path, capsys: pytest.Ca
               "model.norm.weight": (16,)}  # fmt: skip
     state = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
     for name, x in {"base": state, "a": tuned(state, 1)}.items():
-        mp.checkpoints.save_checkpoint(tmp_path / name, x, max_shard_size=2500)
+        mp.save_checkpoint(tmp_path / name, x, max_shard_size=2500)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "merges.txt"):
         (tmp_path / "base" / name).write_text("{}")
     out = tmp_path / "out"
     arguments = ["merge", str(tmp_path / "base"), str(tmp_path / "a"), "-o", str(out)]
     options = ["--max-shard-size", "2500", "--scale", "1", "--json"]
     assert main([*arguments, *options]) == 0
-    merged = mp.checkpoints.open_checkpoint(out)
+    merged = mp.open_checkpoint(out)
     assert merged.layout == "2 shards"
     assert same(dict(merged), mp.merge(state, [tuned(state, 1)], scale=1))
     assert (out / "tokenizer.json").exists()
@@ -380,10 +370,8 @@ def test_second_names_of_tied_tensors_can_be_excluded(tmp_path: Path):
         torch.save(state, tmp_path / f"{name}.pt")
     paths = [str(tmp_path / name) for name in ("base.pt", "a.pt")]
     out = tmp_path / "out.safetensors"
-    assert (
-        main(["merge", *paths, "-o", str(out), "--exclude", "head*", "--scale", "1", "--quiet"])
-        == 0
-    )
+    options = ["-o", str(out), "--exclude", "head*", "--scale", "1", "--quiet"]
+    assert main(["merge", *paths, *options]) == 0
     merged, base, tuned = load_file(out), torch.load(paths[0]), torch.load(paths[1])
     assert torch.equal(merged["head.weight"], base["head.weight"])
     assert torch.equal(merged["embed[0].weight"], base["head.weight"])
@@ -410,18 +398,18 @@ def test_rounding_of_huge_numbers_is_a_number(tmp_path: Path, capsys: pytest.Cap
 def test_a_lack_of_memory_is_told_and_keeps_what_is_done(
     files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    from minipact import merging
+    from minipact import job
 
-    merge_tensor = merging._add
+    add_update = job.add_update
 
     def crowded(name: str, *arguments: object) -> Tensor:
         if name == "visual.proj":
             raise RuntimeError(
                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
             )
-        return merge_tensor(name, *arguments)
+        return add_update(name, *arguments)
 
-    monkeypatch.setattr(merging, "_add", crowded)
+    monkeypatch.setattr(job, "add_update", crowded)
     assert run(files, "-o", str(files / "out.safetensors"), "--threads", "1") == 1
     error = capsys.readouterr().err
     assert "out of memory" in error

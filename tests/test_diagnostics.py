@@ -7,23 +7,10 @@ import torch
 from torch import Tensor
 
 import minipact as mp
+from helpers import normal, problem, rng
 
 WALLS = (mp.lbw_similarity, mp.hidden_interference)
 SHARES = (mp.intrusion_energy, mp.axis_profile)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def problem(m: int = 24, n: int = 30, tasks: int = 4) -> tuple[Tensor, Tensor]:
-    """Random matrices whose spectra have clear gaps, so that every cut is well defined."""
-    parts = []
-    for seed in range(tasks + 1):
-        u, _, vh = torch.linalg.svd(normal(m, n, seed=seed), full_matrices=False)
-        parts.append(u * 1.3 ** -torch.arange(min(m, n)).double() @ vh)
-    return parts[0], torch.stack(parts[1:])
 
 
 def right(x: Tensor, k: int) -> Tensor:
@@ -49,13 +36,13 @@ def axes(*indices: int, n: int = 4) -> Tensor:
 
 
 def test_compression_is_exact_at_full_rank_and_for_one_task():
-    _, D = problem()
+    _, D = problem(24)
     assert torch.allclose(mp.tsv_decompress(*mp.tsv_compress(D, rank=24)), D, atol=1e-12)
     assert torch.allclose(mp.tsv_decompress(*mp.tsv_compress(D[:1])), D[:1], atol=1e-12)
 
 
 def test_compression_keeps_the_best_approximation():
-    _, D = problem()
+    _, D = problem(24)
     short = mp.tsv_decompress(*mp.tsv_compress(D, rank=3))
     for d, x in zip(D, short, strict=True):
         u, s, vh = torch.linalg.svd(d, full_matrices=False)
@@ -90,9 +77,8 @@ def test_compression_keeps_the_type_and_the_input():
 
 
 def test_randomized_compression_agrees_with_the_exact_one():
-    _, D = problem()
-    generator = torch.Generator().manual_seed(0)
-    short = mp.tsv_decompress(*mp.tsv_compress(D, rank=4, svd="randomized", generator=generator))
+    _, D = problem(24)
+    short = mp.tsv_decompress(*mp.tsv_compress(D, rank=4, svd="randomized", generator=rng()))
     exact = mp.tsv_decompress(*mp.tsv_compress(D, rank=4))
     assert (short - exact).norm() < 1e-3 * exact.norm()
 
@@ -118,7 +104,7 @@ def test_task_interference_of_orthogonal_tasks_is_zero():
 
 
 def test_task_interference_is_zero_after_whitening():
-    _, D = problem()
+    _, D = problem(24)
     u, s, v = mp.tsv_compress(D)
     side_by_side = (torch.cat(list(x), dim=1) for x in (u, v))
     a, b = (torch.linalg.svd(x, full_matrices=False) for x in side_by_side)
@@ -129,7 +115,7 @@ def test_task_interference_is_zero_after_whitening():
 
 
 def test_task_interference_against_the_equation():
-    _, D = problem()
+    _, D = problem(24)
     parts = [torch.linalg.svd(d, full_matrices=False) for d in D]
     u = torch.cat([p.U[:, :6] for p in parts], 1)
     v = torch.cat([p.Vh[:6].mT for p in parts], 1)
@@ -177,7 +163,7 @@ def test_walls_of_a_slanted_update_by_hand():
 
 
 def test_diagonals():
-    W0, D = problem()
+    W0, D = problem(24)
     for core, task in ((5, 3), (3, 8), (20, 6), (0.5, "energy:0.6")):
         similarity = mp.lbw_similarity(W0, D, core=core, task=task)
         hidden = mp.hidden_interference(W0, D, core=core, task=task)
@@ -190,7 +176,7 @@ def test_diagonals():
 
 @pytest.mark.parametrize(("core", "task"), [(5, 3), (3, 8), (12, 6)])
 def test_walls_against_the_equations(core: int, task: int):
-    W0, D = problem()
+    W0, D = problem(24)
     bases = [wall(W0, d, core, task) for d in D]
     similarity = mp.lbw_similarity(W0, D, core=core, task=task)
     hidden = mp.hidden_interference(W0, D, core=core, task=task)
@@ -212,7 +198,7 @@ def test_random_updates_hit_a_wall_in_proportion_to_its_size():
 
 @pytest.mark.parametrize("function", [*WALLS, *SHARES])
 def test_measures_follow_the_order_of_tasks(function):
-    W0, D = problem()
+    W0, D = problem(24)
     order = [2, 0, 3, 1]
     x, shuffled = function(W0, D, core=6), function(W0, D[order], core=6)
     expected = x[order][:, order] if function in WALLS else x[order]
@@ -221,14 +207,14 @@ def test_measures_follow_the_order_of_tasks(function):
 
 @pytest.mark.parametrize("function", [*WALLS, *SHARES])
 def test_measures_ignore_the_choice_of_input_and_output_axes(function):
-    W0, D = problem()
+    W0, D = problem(24)
     q, p = torch.linalg.qr(normal(30, 30, seed=9)).Q, torch.linalg.qr(normal(24, 24, seed=8)).Q
     assert torch.allclose(function(p @ W0 @ q, p @ D @ q, core=6), function(W0, D, core=6))
 
 
 @pytest.mark.parametrize("function", [*WALLS, *SHARES])
 def test_measures_ignore_the_size_of_updates(function):
-    W0, D = problem()
+    W0, D = problem(24)
     factors = torch.tensor([1e-3, 1.0, 7.0, 200.0])[:, None, None]
     scaled = function(3 * W0, factors * D, core=6)
     assert torch.allclose(scaled, function(W0, D, core=6), atol=1e-9)
@@ -279,7 +265,7 @@ def test_profile_sums_to_the_energy_and_a_full_core_holds_all():
 
 
 def test_intrusion_against_the_equation():
-    W0, D = problem()
+    W0, D = problem(24)
     v0 = right(W0, 7)
     expected = torch.stack([(d @ v0).norm() ** 2 / d.norm() ** 2 for d in D])
     assert torch.allclose(mp.intrusion_energy(W0, D, core=7), expected, atol=1e-10)
@@ -291,7 +277,7 @@ def test_intrusion_of_noise_is_the_share_of_dimensions():
 
 
 def test_filters_end_the_intrusion():
-    W0, D = problem()
+    W0, D = problem(24)
     assert mp.intrusion_energy(W0, mp.sift(W0, D, core=6), core=6).max() < 1e-20
     shielded = mp.pact(W0, D, core=6, task=1, tol=1e-9)  # the others' walls together hold the core
     assert mp.intrusion_energy(W0, shielded, core=6).max() < 1e-12
@@ -309,7 +295,7 @@ def test_ablation_by_hand():
 
 
 def test_ablation_is_idempotent_and_splits_the_energy():
-    _, D = problem()
+    _, D = problem(24)
     basis = torch.linalg.qr(normal(30, 7, seed=5)).Q
     once = mp.ablate_subspace(D, basis)
     assert torch.allclose(mp.ablate_subspace(once, basis), once, atol=1e-12)
@@ -331,8 +317,7 @@ def test_ablation_keeps_type_and_input():
 @pytest.mark.parametrize("size", [0, 1, 9, 15])
 def test_random_subspace_lies_outside(size: int):
     avoid = torch.linalg.qr(normal(24, 9)).Q
-    generator = torch.Generator().manual_seed(4)
-    basis = mp.random_subspace(avoid, size, generator=generator)
+    basis = mp.random_subspace(avoid, size, generator=rng(4))
     assert basis.shape == (24, size)
     assert torch.allclose(basis.mT @ basis, torch.eye(size).double(), atol=1e-10)
     assert (avoid.mT @ basis).abs().sum() < 1e-10
@@ -340,9 +325,7 @@ def test_random_subspace_lies_outside(size: int):
 
 def test_random_subspace_repeats_with_its_seed_only():
     avoid = torch.zeros(12, 0)
-    a, b, c = (
-        mp.random_subspace(avoid, 3, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
-    )
+    a, b, c = (mp.random_subspace(avoid, 3, generator=rng(seed)) for seed in (1, 1, 2))
     assert torch.equal(a, b)
     assert (a @ a.mT - c @ c.mT).norm() > 0.5
 
@@ -352,7 +335,7 @@ def test_random_subspace_repeats_with_its_seed_only():
 
 @pytest.mark.parametrize("function", [*WALLS, *SHARES])
 def test_bad_matrices_are_refused(function):
-    W0, D = problem()
+    W0, D = problem(24)
     broken = D.clone()
     broken[1, 2, 3] = math.nan
     with pytest.raises(mp.MergeError, match="NaN"):
@@ -375,11 +358,11 @@ def test_bad_matrices_are_refused(function):
 @pytest.mark.parametrize("tol", [-0.1, 1.0, 2.0])
 def test_bad_tolerances_are_refused(function, tol: float):
     with pytest.raises(mp.MergeError, match="tol"):
-        function(*problem(), tol=tol)
+        function(*problem(24), tol=tol)
 
 
 def test_bad_stacks_and_options_are_refused():
-    _, D = problem()
+    _, D = problem(24)
     with pytest.raises(mp.MergeError, match="norm 'l2' is unknown"):
         mp.singular_task_interference(D, norm="l2")
     for function in (mp.tsv_compress, mp.singular_task_interference):

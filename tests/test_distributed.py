@@ -1,18 +1,20 @@
 """Several real processes on one merge: same bytes as one, and nothing when one of them ends early."""
 
+import contextlib
+import itertools
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import contents, wait_until, write_models
 from minipact import distributed
 from minipact.__main__ import main
 from minipact.checkpoints import JOURNAL
@@ -20,27 +22,25 @@ from minipact.checkpoints import JOURNAL
 
 @pytest.fixture
 def models(tmp_path: Path) -> list[str]:
-    g = torch.Generator().manual_seed(0)
-    base = {f"{i}.w": torch.randn(150, 150, generator=g) for i in range(40)}
-    base |= {f"{i}.b": torch.randn(150, generator=g).half() for i in range(40)}
-    save_file(base, tmp_path / "base.safetensors")
-    for task in "ab":
-        tuned = {n: x + 0.01 * torch.randn(x.shape, generator=g) for n, x in base.items()}
-        save_file(tuned, tmp_path / f"{task}.safetensors")
-    return [str(tmp_path / f"{name}.safetensors") for name in ("base", "a", "b")]
+    return write_models(tmp_path, tensors=40, width=150, biases=True)
 
 
-def contents(path: Path) -> dict[str, bytes]:
-    files = [path] if path.is_file() else path.iterdir()
-    return {file.name if path.is_dir() else "": file.read_bytes() for file in files}
+# Below those that the system gives to outgoing connections, and others for each process of pytest-xdist.
+PORTS = itertools.count(20_000 + 50 * (os.getpid() % 200))
+
+
+def free_port() -> str:
+    """A port of this machine that nobody uses, a new one at every call."""
+    while True:
+        port = next(PORTS)
+        with socket.socket() as candidate, contextlib.suppress(OSError):
+            candidate.bind(("127.0.0.1", port))
+            return str(port)
 
 
 def processes(arguments: list[str], count: int = 2) -> list[subprocess.Popen[str]]:
     """What torchrun starts, so that each can be watched and killed by itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(count)}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "minipact", "merge", *arguments],
@@ -53,6 +53,7 @@ def processes(arguments: list[str], count: int = 2) -> list[subprocess.Popen[str
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("output", "recipe"),
     [
@@ -82,6 +83,7 @@ def test_two_processes_write_the_bytes_of_one(
     assert not (tmp_path / f"{output}.partial").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_run_without_output(
     tmp_path: Path, models: list[str], victim: int
@@ -90,11 +92,7 @@ def test_a_killed_process_ends_the_run_without_output(
     arguments = [*models, "-o", str(out), "--rule", "tsv_m", "--purify", "pact"]
     run = processes(arguments)
     journal = tmp_path / "out.partial" / JOURNAL
-    deadline = time.monotonic() + 120
-    while not (journal.exists() and '"done"' in journal.read_text()):
-        assert time.monotonic() < deadline
-        assert run[0].poll() is None, run[0].communicate()
-        time.sleep(0.005)
+    wait_until(lambda: journal.exists() and '"done"' in journal.read_text(), run[0])
     run[victim].send_signal(signal.SIGKILL)
     run[victim].communicate(timeout=60)
     _, error = run[1 - victim].communicate(timeout=60)
@@ -109,6 +107,7 @@ def test_a_killed_process_ends_the_run_without_output(
     assert contents(out) == resumed
 
 
+@pytest.mark.slow
 def test_a_fault_in_one_share_ends_all(tmp_path: Path, models: list[str]):
     state = load_file(models[2])
     state["7.w"][3, 4] = torch.nan
@@ -121,6 +120,7 @@ def test_a_fault_in_one_share_ends_all(tmp_path: Path, models: list[str]):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_all_see_is_said_once(tmp_path: Path, models: list[str]):
     run = processes([*models, "-o", str(tmp_path / "out"), "--rule", "best"])
     errors = [process.communicate(timeout=120)[1] for process in run]
@@ -145,6 +145,7 @@ def test_without_an_address_a_process_is_alone(
     assert main(["merge", *models, "-o", str(tmp_path / "out"), "--quiet"]) == 0
 
 
+@pytest.mark.slow
 def test_a_dry_run_is_told_once(tmp_path: Path, models: list[str]):
     run = processes([*models, "-o", str(tmp_path / "out"), "--dry-run", "--json"])
     told = [process.communicate(timeout=120)[0] for process in run]

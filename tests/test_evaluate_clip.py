@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,6 @@ import torch
 import torchvision.datasets
 from PIL import Image
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import evaluate_clip as ec
 
@@ -215,7 +212,7 @@ def test_numbered_folders_keep_their_numbers(tmp_path):
 
 
 def test_parquet_files_of_the_hub(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     file = tmp_path / "EuroSAT" / "data" / "test-00000-of-00001.parquet"

@@ -7,9 +7,9 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -18,33 +18,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers import contents, fails, wait_until, write_models
+from minipact import job
 from minipact.__main__ import main
-from minipact.checkpoints import INDEX, JOURNAL, CheckpointError, open_checkpoint, save_checkpoint
+from minipact.checkpoints import INDEX, JOURNAL, open_checkpoint, sha256
+from minipact.errors import CheckpointError
+from minipact.output import save_checkpoint
 
 SPECTRAL = ["--rule", "tsv_m", "--purify", "pact", "--threads", "1"]
-
-
-def write_models(folder: Path, tensors: int = 4, width: int = 32) -> list[str]:
-    """A base and two fine-tuned models; their paths."""
-    g = torch.Generator().manual_seed(0)
-    base = {f"{i}.w": torch.randn(width, width, generator=g) for i in range(tensors)}
-    save_file(base, folder / "base.safetensors")
-    for task in "ab":
-        tuned = {n: x + 0.01 * torch.randn(width, width, generator=g) for n, x in base.items()}
-        save_file(tuned, folder / f"{task}.safetensors")
-    return [str(folder / f"{name}.safetensors") for name in ("base", "a", "b")]
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    files = [path] if path.is_file() else path.iterdir()
-    return {file.name if path.is_dir() else "": file.read_bytes() for file in files}
-
-
-def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str:
-    assert main(["merge", *arguments]) == code
-    error = capsys.readouterr().err
-    assert error.startswith("minipact: error: ")
-    return error
+LONG = {"tensors": 20, "width": 400}  # work enough for a merge to be caught at it
 
 
 # ---- Damaged inputs ------------------------------------------------------------------------------
@@ -107,16 +89,13 @@ def test_nan_in_the_middle(tmp_path: Path, capsys: pytest.CaptureFixture[str], v
 def test_input_that_changes_while_it_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    import minipact.__main__ as program
-
     base, a, b = write_models(tmp_path)
-    digest = program._digest
 
-    def touching(file: Path, stop) -> str:
+    def touching(file: Path, stop: Event) -> str:
         os.utime(b, ns=(1, 1))
-        return digest(file, stop)
+        return sha256(file, stop)
 
-    monkeypatch.setattr(program, "_digest", touching)
+    monkeypatch.setattr(job, "sha256", touching)
     error = fails(capsys, 2, base, a, b, "-o", str(tmp_path / "out"))
     assert f"{Path(b).resolve()} changed while it was read" in error
     assert not list(tmp_path.glob("out*"))
@@ -160,6 +139,7 @@ def test_read_only_output(tmp_path: Path, capsys: pytest.CaptureFixture[str], ou
         assert "no output was written" in error
 
 
+@pytest.mark.slow
 def test_limit_on_file_sizes_is_a_failure_without_output(tmp_path: Path):
     models = write_models(tmp_path)
     script = (
@@ -189,15 +169,12 @@ def started(arguments: list[str], unfinished: Path) -> subprocess.Popen[str]:
     # A shell that runs the tests in the background has them ignore SIGINT, which a child would inherit.
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
-    deadline = time.monotonic() + 60
     journal = unfinished / JOURNAL
-    while time.monotonic() < deadline and process.poll() is None:
-        if journal.exists() and journal.read_text().count("\n") > 3:
-            return process
-        time.sleep(0.005)
-    raise AssertionError("finished before it could be interrupted")
+    wait_until(lambda: journal.exists() and journal.read_text().count("\n") > 3, process)
+    return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "output"),
     [
@@ -210,7 +187,7 @@ def started(arguments: list[str], unfinished: Path) -> subprocess.Popen[str]:
 def test_an_interrupted_run_looks_unfinished_and_resumes_to_the_same_bytes(
     tmp_path: Path, name: str, output: str, capsys: pytest.CaptureFixture[str]
 ):
-    models = write_models(tmp_path, tensors=40, width=400)  # slow enough to be caught
+    models = write_models(tmp_path, **LONG)
     out, partial = tmp_path / output, tmp_path / f"{output}.partial"
     arguments = [*models, "-o", str(out), *SPECTRAL, "--max-shard-size", "1MB"]
     process = started(arguments, partial)
@@ -228,15 +205,16 @@ def test_an_interrupted_run_looks_unfinished_and_resumes_to_the_same_bytes(
     assert "begun with scale 1.0, now it is 0.5" in error
     assert main(["merge", *arguments, "--resume", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert 3 <= summary["resumed_tensors"] < 40
+    assert 3 <= summary["resumed_tensors"] < LONG["tensors"]
     assert not partial.exists()
     resumed = contents(out)
     assert main(["merge", *arguments, "--overwrite", "--quiet"]) == 0
     assert contents(out) == resumed
 
 
+@pytest.mark.slow
 def test_resuming_refuses_changed_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    models = write_models(tmp_path, tensors=40, width=400)  # slow enough to be caught
+    models = write_models(tmp_path, **LONG)
     arguments = [*models, "-o", str(tmp_path / "out"), *SPECTRAL]
     process = started(arguments, tmp_path / "out.partial")
     process.kill()
@@ -247,6 +225,7 @@ def test_resuming_refuses_changed_inputs(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["merge", *arguments, "--quiet"]) == 0  # anew
 
 
+@pytest.mark.slow
 def test_resuming_a_rule_with_a_threshold_over_the_whole_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -263,8 +242,9 @@ def test_resuming_a_rule_with_a_threshold_over_the_whole_model(
     assert contents(tmp_path / "out") == resumed
 
 
+@pytest.mark.slow
 def test_two_runs_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    models = write_models(tmp_path, tensors=40, width=400)  # slow enough to be caught
+    models = write_models(tmp_path, **LONG)
     arguments = [*models, "-o", str(tmp_path / "out"), *SPECTRAL]
     process = started(arguments, tmp_path / "out.partial")
     for more in ([], ["--resume"], ["--overwrite"]):
@@ -272,7 +252,7 @@ def test_two_runs_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert f"{tmp_path / 'out'} is being written by another run" in error
     _, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
-    assert len(open_checkpoint(tmp_path / "out")) == 40
+    assert len(open_checkpoint(tmp_path / "out")) == LONG["tensors"]
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import minipact as mp
+from helpers import normal
 from minipact.__main__ import main
 from minipact.xray import xray
 from minipact.xray_page import _luminance, _n, _ramp, _Scale, render
@@ -20,7 +21,7 @@ VOID = {"meta", "rect", "path", "wbr", "br", "img"}
 
 
 def noise(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return normal(*shape, seed=seed)
 
 
 def models(tasks: int = 3, m: int = 24, n: int = 20) -> tuple[dict, dict]:

@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,14 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tasks as zoo_tasks
+import train_zoo
+import zoo_io
+from helpers import ROOT
 from minipact.__main__ import main
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "data"))
-
-import tasks as zoo_tasks  # noqa: E402
-import train_zoo  # noqa: E402
-import zoo_io  # noqa: E402
 
 FOLDER = ROOT / "data" / "zoo"
 INFO = json.loads((FOLDER / "zoo.json").read_text())
@@ -123,6 +119,7 @@ def test_recorded_accuracies_are_those_of_the_weights(task: str):
         assert zoo_io.accuracy(tower, zoo.heads[task], *pictures) == pytest.approx(recorded[key])
 
 
+@pytest.mark.slow
 def test_the_zoo_merges_from_the_command_line(tmp_path: Path):
     """The main job: files in, one file out, and the result reads all eight tasks better than the base."""
     files = [str(FOLDER / f"{task}.safetensors") for task in zoo_tasks.TASKS]
@@ -141,6 +138,7 @@ def test_the_zoo_merges_from_the_command_line(tmp_path: Path):
         assert found > INFO["tasks"][task]["zero_shot"] + 0.1
 
 
+@pytest.mark.slow
 def test_training_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A few steps from nothing: interrupted after an epoch and after a task, and not interrupted."""
     few = dict(train_zoo.TRAINING) | {

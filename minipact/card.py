@@ -1,0 +1,179 @@
+"""Model cards: what the inputs' cards say, the card of a merged model, and the record that is in it.
+
+A *record* is all that a merge depends on but paths: {"recipe", "versions", "device", "inputs"}, where inputs
+are {"base": [SHA-256 of its files], "tasks": {name: [SHA-256, ...]}}.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minipact.checkpoints import open_checkpoint
+from minipact.errors import CheckpointError, listing
+
+CARD = "README.md"
+Record = dict[str, Any]
+
+
+def stated(folder: Path, key: str) -> str | None:
+    """What the card of a model folder says under a key of its front matter; None where it says nothing.
+
+    A list with one entry counts as that entry.
+    """
+    card = folder / CARD
+    if not card.is_file():
+        return None
+    match = re.match(r"---\r?\n(.*?)\r?\n---\s", card.read_text(errors="replace") + "\n", re.DOTALL)
+    try:
+        front = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return None
+    value = front.get(key) if isinstance(front, dict) else None
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value if isinstance(value, str) else None
+
+
+def agreed(key: str, inputs: Mapping[str, Path]) -> tuple[str | None, str]:
+    """What all inputs' cards say under a key, or None and why: some are silent, or they differ."""
+    found = {name: stated(path, key) for name, path in inputs.items()}
+    silent = [name for name, value in found.items() if value is None]
+    if silent:
+        return None, f"{key} (no card of {listing(silent)} states one)"
+    if len(set(found.values())) > 1:
+        differ = ", ".join(f"{name}: {value}" for name, value in found.items())
+        return None, f"{key} (the inputs differ, {differ})"
+    return found.popitem()[1], ""
+
+
+def write_card(
+    record: Record,
+    folder: Path,
+    *,
+    inputs: Mapping[str, str],
+    treatments: Mapping[str, int],
+    scores: Mapping[float, float] | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> str:
+    """Markdown of the card of the merged model in a folder, with Hugging Face's metadata.
+
+    Args:
+        record: what was merged how.
+        folder: the output, with its configuration files.
+        inputs: name of each input -> a word on its format.
+        treatments: what was done -> number of tensors.
+        scores: scale -> score, where scales were tried.
+        base_model, license: for the metadata; left out if None.
+    """
+    library, loading = _loading(folder)
+    front = {
+        "base_model": base_model,
+        "base_model_relation": "merge" if base_model else None,
+        "library_name": library,
+        "license": license,
+        "tags": ["merge", "model-merging"],
+    }
+    known = {key: value for key, value in front.items() if value is not None}
+    versions, sums = record["versions"], record["inputs"]
+    digests = {"the base": sums["base"], **sums["tasks"]}
+    rows = [f"| {_cell(n)} | {what} | {_codes(digests[n])} |" for n, what in inputs.items()]
+    sections = [
+        f"---\n{yaml.safe_dump(known, sort_keys=False)}---",
+        "# Merged model",
+        f"Merged without training by minipact {versions['minipact']} with torch {versions['torch']}.",
+        "\n".join(["| input | format | SHA-256 of its files |", "|---|---|---|", *rows]),
+        "\n".join(f"- {count} tensors: {what}" for what, count in treatments.items()),
+        f"## Loading\n\nIn this folder:\n\n```python\n{loading}```",
+    ]
+    if scores:
+        chosen = record["recipe"].get("scale")
+        lines = [f"| {scale:g} | {score:g} |" for scale, score in scores.items()]
+        table = "\n".join(["| scale | score |", "|---|---|", *lines])
+        sections.append(f"## Scales tried\n\n{table}\n\nTaken: {chosen:g}.")
+    sections += [
+        "## The merge\n\nThe same again, from the same files wherever they are:\n\n"
+        f"```\nminipact merge BASE TASK... -o OUT --recipe {CARD}\n```",
+        f"```json\n{json.dumps(record, indent=2, sort_keys=True)}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _codes(digests: Iterable[str]) -> str:
+    return "<br>".join(f"`{digest}`" for digest in digests)
+
+
+def _loading(folder: Path) -> tuple[str | None, str]:
+    """The library that a model folder is for, and lines that load it there."""
+    if (folder / "open_clip_config.json").is_file():
+        call = 'open_clip.create_model_and_transforms("local-dir:.")'
+        return "open_clip", f"import open_clip\n\nmodel, _, preprocess = {call}\n"
+    config = _json(folder / "config.json")
+    if "model_type" in config:
+        names = config.get("architectures")
+        name = names[0] if isinstance(names, list) and names else "AutoModel"
+        return (
+            "transformers",
+            f'import transformers\n\nmodel = transformers.{name}.from_pretrained(".")\n',
+        )
+    call = 'state = dict(minipact.open_checkpoint("."))  # name -> tensor'
+    return None, f"import minipact\n\n{call}\n"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_record(path: Path) -> Record:
+    """The record in a model card, in a merged file's header, or in a JSON file; or a recipe alone.
+
+    Returns {"recipe": fields, ...}; a file that holds only the fields of a recipe becomes that.
+
+    Raises:
+        CheckpointError: nothing there, or it holds no record.
+    """
+    if path.is_dir():
+        path = path / CARD
+    try:
+        if path.suffix == ".safetensors":
+            found = json.loads(open_checkpoint(path).metadata["merge"])
+        else:
+            text = path.read_text()
+            block = re.search(r"^```json\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+            found = json.loads(block[1] if block else text)
+    except (OSError, KeyError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} holds no record of a merge ({error!r})") from error
+    if isinstance(found, dict) and "recipe" not in found:
+        found = {"recipe": found}
+    if not _is_record(found):
+        raise CheckpointError(f"{path} holds no record of a merge, but other JSON")
+    record: Record = found
+    return record
+
+
+def _is_record(found: object) -> bool:
+    """Whether the parts that are there are of the right shape."""
+    if not isinstance(found, dict) or not isinstance(found["recipe"], dict):
+        return False
+    if "inputs" not in found:
+        return True
+    inputs = found["inputs"]
+    if not isinstance(inputs, dict) or not isinstance(inputs.get("tasks"), dict):
+        return False
+    return all(isinstance(sums, list) for sums in (inputs.get("base"), *inputs["tasks"].values()))

@@ -1,0 +1,612 @@
+"""A merge from files to files: what the command line does, Python can do.
+
+from minipact import Recipe, merge_files
+merge_files("base.safetensors", {"cars": "cars.safetensors"}, "out.safetensors", Recipe(rule="ties"))
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minipact import distributed
+from minipact.adapters import Adapter, adapter_files, is_adapter, open_adapter
+from minipact.card import CARD, Record, agreed, write_card
+from minipact.checkpoints import Checkpoint, open_checkpoint, sha256
+from minipact.errors import CheckpointError, MergeError, listing
+from minipact.merging import Merged, Progress, Step, Sweep, add_update, in_pieces, sweep
+from minipact.output import Output, check_output, copy_side_files, parse_size, save_checkpoint
+from minipact.parallel import cores, memory
+from minipact.recipe import Recipe
+from minipact.version import __version__
+
+PathLike = str | Path
+Tasks = Sequence[PathLike] | Mapping[str, PathLike]
+Digests = dict[str, list[str]]
+
+
+def merge_files(
+    base: PathLike,
+    tasks: Tasks,
+    output: PathLike,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    resume: bool = False,
+    scales: Sequence[float] = (),
+    score: Callable[[Path], float] | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    progress: Progress = None,
+) -> dict[str, Any]:
+    """Merge checkpoints into a checkpoint, which appears whole or not at all.
+
+    Args:
+        base: `.safetensors` file, Hugging Face or open_clip folder, or `.pt`/`.bin` state dict.
+        tasks: fine-tuned ones by name, or as a list, then named after their files or folders; a task may
+            be the folder of a PEFT LoRA adapter.
+        output: ends in .safetensors: one file; otherwise a folder with shards, the base's configuration
+            and tokenizer files, and a model card.
+        recipe: what to do; None is the default recipe, task arithmetic.
+        device: where to compute. Under torchrun the processes share the work; bytes are the same.
+        threads: tensors in work at once on CPUs, one core each; None is one per core, as far as a quarter
+            of the memory goes.
+        max_shard_size: of a folder's files; open_clip folders hold one file.
+        overwrite: replace an existing output. resume: go on with an interrupted run of the same recipe.
+        scales, score: merge once, write a candidate for each scale, and keep that of the highest
+            score(path of the candidate).
+        base_model, license: of the card; None takes what the inputs' own cards agree on.
+        progress: called with (done, in all, name) after each tensor, and after each scale.
+
+    Returns:
+        A summary that JSON can take: record (recipe, versions, kind of device, SHA-256 of inputs), base and
+        tasks with paths, tensors (what was done -> number), notes, scores, files, bytes, rounding (of the
+        result over the norm of scale * task vector, for half types), processes, resumed_tensors, seconds.
+
+    Raises:
+        CheckpointError, MergeError: the inputs or the recipe do not fit; the message says which and how to
+            go on. OSError: the disk is full, and the like. Then there is no output.
+    """
+    started = time.perf_counter()
+    target = Target(Path(output), max_shard_size, overwrite, resume, base_model, license)
+    target.check(Path(base), named_paths(tasks).values())
+    job = open_job(base, tasks, recipe, device)
+    if resume:
+        job.merged.recipe.to_json()  # only what can be compared can go on
+    with distributed.processes(device):
+        try:
+            summary = _run(job, target, threads, scales, score, progress)
+        except MergeError as error:
+            raise job.with_paths(error) from error
+    return summary | {"seconds": round(time.perf_counter() - started, 2)}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an output goes and how; fields as in `merge_files`."""
+
+    path: Path
+    max_shard_size: str | int = "5GB"
+    overwrite: bool = False
+    resume: bool = False
+    base_model: str | None = None
+    license: str | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the output is one file."""
+        return self.path.suffix == ".safetensors"
+
+    def check(self, base: Path, tasks: Iterable[Path]) -> None:
+        """Refuse what cannot be, before any input is read."""
+        parse_size(self.max_shard_size)
+        check_output(self.path, self.overwrite)
+        _refuse_inputs_within(self.path, [base, *tasks])
+
+
+def _refuse_inputs_within(output: Path, inputs: Iterable[Path]) -> None:
+    """An output that is replaced must neither be an input nor hold one."""
+    whole = output.resolve()
+    for path in inputs:
+        link = path.absolute().parent.resolve() / path.name
+        for place in (link, path.resolve()):
+            if whole == place or whole in place.parents:
+                what = "is" if whole == place else "holds"
+                raise CheckpointError(f"{output} {what} the input {path}: choose another output")
+
+
+# ---- Inputs --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """Opened models and what is to become of them; no weight is read yet.
+
+    Attributes:
+        base, tasks: the checkpoints. aliases: second names, alias -> name, of tensors that the base and all
+            tasks share between layers; they are merged once. merged: the merge, without second names.
+    """
+
+    base: Checkpoint
+    tasks: Mapping[str, Checkpoint | Adapter]
+    aliases: Mapping[str, str]
+    merged: Merged
+
+    @property
+    def inputs(self) -> dict[str, Checkpoint | Adapter]:
+        """All models, "the base" first."""
+        return {"the base": self.base, **self.tasks}
+
+    @property
+    def places(self) -> dict[str, list[str]]:
+        """name -> all names under which the merged tensor is written."""
+        places = {name: [name] for name in self.merged}
+        for alias, name in self.aliases.items():
+            places[name].append(alias)
+        return places
+
+    def metas(self) -> dict[str, Tensor]:
+        """Name -> shape and type of every tensor of the output, in the base's order."""
+        return {name: self.merged.meta(self.aliases.get(name, name)) for name in self.base}
+
+    def record(self, sums: Digests | None = None) -> Record:
+        """What the result depends on, without paths; SHA-256 of the inputs if known."""
+        found: Record = {
+            "recipe": _fields(self.merged.recipe),
+            "versions": {"minipact": __version__, "torch": torch.__version__},
+            "device": torch.device(self.merged.device).type,
+        }
+        if sums is not None:
+            tasks = {name: sums[name] for name in self.tasks}
+            found["inputs"] = {"base": sums["the base"], "tasks": tasks}
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """What can be told before merging; see `merge_files`."""
+        steps = self.merged.steps.values()
+        return {
+            "record": self.record(),
+            "base": f"{self.base.path} ({self.base.layout})",
+            "tasks": {name: f"{task.path} ({task.layout})" for name, task in self.tasks.items()},
+            "tensors": dict(Counter(step.treatment for step in steps)),
+            "base_bytes": sum(self.base.meta(name).nbytes for name in self.base),
+            "notes": list(self.merged.notes),
+        }
+
+    def with_paths(self, error: MergeError) -> MergeError:
+        """The same error, with the paths of the models that it names."""
+        models = {"the base": self.base} | {f"task '{name}'": x for name, x in self.tasks.items()}
+        paths = [f"{name} is {x.path}" for name, x in models.items() if f"{name} " in str(error)]
+        return type(error)("\n".join([str(error), *paths]))
+
+
+def _fields(recipe: Recipe) -> dict[str, Any]:
+    """A recipe for the record; one that has no JSON says why instead."""
+    try:
+        return recipe.to_dict()
+    except MergeError as error:
+        return {"not repeatable": str(error), "scale": recipe.scale, "vectors": recipe.vectors}
+
+
+def open_job(
+    base: PathLike, tasks: Tasks, recipe: Recipe | None = None, device: str = "cpu"
+) -> Job:
+    """Open the models and check the merge by names, shapes and options. Arguments as in `merge_files`.
+
+    Raises CheckpointError and MergeError, with every problem of names and shapes in one message.
+    """
+    opened = open_checkpoint(base)
+    paths = sorted(named_paths(tasks).items())
+    models = {name: _open_task(path, opened) for name, path in paths}
+    aliases = {
+        alias: name
+        for alias, name in opened.aliases.items()
+        if all(task.aliases.get(alias) == name for task in models.values())
+    }
+    recipe = recipe or Recipe()
+    recipe = recipe.but(
+        include=_of_first_names(recipe.include, opened, aliases),
+        exclude=_of_first_names(recipe.exclude, opened, aliases),
+    )
+    once = {name: task.without(aliases) for name, task in models.items()}
+    merged = Merged(opened.without(aliases), once, **recipe.keywords(), device=device)
+    return Job(opened, models, aliases, merged)
+
+
+def _open_task(path: Path, base: Checkpoint) -> Checkpoint | Adapter:
+    return open_adapter(path, base) if is_adapter(path) else open_checkpoint(path)
+
+
+def named_paths(tasks: Tasks) -> dict[str, Path]:
+    """Tasks by name: a folder's own name, or a file's without its ending, where none is given.
+
+    Raises CheckpointError where two have one name.
+    """
+    if isinstance(tasks, Mapping):
+        return {str(name): Path(path) for name, path in tasks.items()}
+    named: dict[str, Path] = {}
+    for path in map(Path, tasks):
+        name = name_of(path)
+        if name in named:
+            raise CheckpointError(
+                f"two tasks are called '{name}': write NAME=PATH to tell them apart"
+            )
+        named[name] = path
+    return named
+
+
+def name_of(path: Path) -> str:
+    """A task's name after its file or folder; a link gives its own name, not its target's."""
+    whole = path.absolute()
+    is_model_file = whole.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+    return whole.stem if is_model_file else whole.name
+
+
+def _of_first_names(
+    globs: Iterable[str], base: Checkpoint, aliases: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Globs for names without aliases: one that matches second names only means their first names."""
+    found: list[str] = []
+    for glob in globs:
+        firsts = [name for alias, name in aliases.items() if fnmatchcase(alias, glob)]
+        direct = any(fnmatchcase(name, glob) for name in base if name not in aliases)
+        if direct or not firsts:
+            found.append(glob)
+        found += [re.sub(r"([*?[])", r"[\1]", name) for name in firsts]
+    return tuple(found)
+
+
+def match_inputs(record: Record, base: Path, tasks: Iterable[Path]) -> dict[str, Path]:
+    """The tasks of a record among these files and folders, by SHA-256: name -> path.
+
+    Raises CheckpointError where the base, or any task, is not the one recorded, or one is missing.
+    """
+    inputs = record["inputs"]
+    if _digests(base) != inputs["base"]:
+        raise CheckpointError(f"{base} is not the recorded base: its SHA-256 differs")
+    missing = {name: tuple(sums) for name, sums in inputs["tasks"].items()}
+    found: dict[str, Path] = {}
+    for path in tasks:
+        sums = tuple(_digests(path))
+        names = [name for name, recorded in missing.items() if recorded == sums]
+        if not names:
+            raise CheckpointError(
+                f"{path} is none of the recorded tasks: its SHA-256 differs from all"
+            )
+        found[names[0]] = path
+        del missing[names[0]]
+    if missing:
+        raise CheckpointError(f"the record has tasks {listing(missing)} too: give their files")
+    return found
+
+
+def _digests(path: Path) -> list[str]:
+    files = adapter_files(path) if is_adapter(path) else open_checkpoint(path).files
+    return [sha256(file) for file in files]
+
+
+# ---- The work ------------------------------------------------------------------------------------
+
+
+def _run(
+    job: Job,
+    target: Target,
+    threads: int | None,
+    scales: Sequence[float],
+    score: Callable[[Path], float] | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Choose the scale, if several are given, and write the merge."""
+    if not scales:
+        return _write(job, target, threads, progress, {})
+    if score is None:
+        raise MergeError("scales need a score to choose by")
+    if target.resume or distributed.size() > 1:
+        raise MergeError(
+            "scales are tried by one process and in one run: leave resume and torchrun out"
+        )
+    with tempfile.TemporaryDirectory(
+        dir=target.path.absolute().parent, prefix=".scales-"
+    ) as scratch:
+        found = _sweep(job, target, Path(scratch), scales, score, progress)
+        chosen = Job(job.base, job.tasks, job.aliases, found.merged)
+        return _write(chosen, target, threads, progress, found.scores)
+
+
+def _sweep(
+    job: Job,
+    target: Target,
+    scratch: Path,
+    scales: Sequence[float],
+    score: Callable[[Path], float],
+    progress: Progress,
+) -> Sweep:
+    """Score a candidate in the output's layout for each scale; merged task vectors wait on the disk."""
+    job.merged.shelf = lambda: Shelf(scratch / "shelf")
+    candidate = scratch / target.path.name
+
+    def scored(merged: Merged) -> float:
+        tried = Job(job.base, job.tasks, job.aliases, merged)
+        save_checkpoint(
+            candidate,
+            _Written(tried),
+            finish=lambda folder: copy_side_files(job.base.path, folder),
+            overwrite=True,
+            **_layout(job, target),
+        )
+        return score(candidate)
+
+    return sweep(job.merged, scored, scales, progress=progress)
+
+
+class _Written(Mapping[str, Tensor]):
+    """The merged model under all names of the base."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._metas = job, job.metas()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._metas)
+
+    def __len__(self) -> int:
+        return len(self._metas)
+
+    def meta(self, name: str) -> Tensor:
+        return self._metas[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._job.merged[self._job.aliases.get(name, name)]
+
+
+class Shelf(MutableMapping[str, Tensor | None]):
+    """Tensors by name, or None, kept in files of a folder and read by mapping them into memory."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder, self._files = folder, dict[str, Path | None]()
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        file = self._files[name]
+        return None if file is None else load_file(file)["x"]
+
+    def __setitem__(self, name: str, x: Tensor | None) -> None:
+        file = None if x is None else self._folder / f"{id(self)}-{len(self._files)}.safetensors"
+        if file is not None and x is not None:
+            save_file({"x": x.contiguous()}, file)
+        self._files[name] = file
+
+    def __delitem__(self, name: str) -> None:
+        file = self._files.pop(name)
+        if file is not None:
+            file.unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def command_score(command: str) -> Callable[[Path], float]:
+    """A score from a command, "python eval.py {}": {} is the candidate, its last line the number.
+
+    Raises MergeError where the command lacks {}, fails, or ends in no number.
+    """
+    words = shlex.split(command)
+    if not any("{}" in word for word in words):
+        raise MergeError(
+            f"--score {command!r} must hold {{}}, in whose place the candidate's path comes"
+        )
+
+    def score(candidate: Path) -> float:
+        filled = [word.replace("{}", str(candidate)) for word in words]
+        try:
+            done = subprocess.run(filled, stdout=subprocess.PIPE, text=True, check=True)
+            return float(done.stdout.strip().splitlines()[-1])
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise MergeError(f"--score {command!r} failed: {error}") from error
+        except (ValueError, IndexError) as error:
+            told = done.stdout.strip()[-200:]
+            raise MergeError(
+                f"--score {command!r} must print a number last, not {told!r}"
+            ) from error
+
+    return score
+
+
+def _layout(job: Job, target: Target) -> dict[str, Any]:
+    """Names and sizes of the output's files."""
+    if (job.base.path / "open_clip_config.json").is_file():
+        return {"max_shard_size": None, "stem": "open_clip_model"}
+    return {"max_shard_size": target.max_shard_size, "stem": "model"}
+
+
+def _write(
+    job: Job, target: Target, threads: int | None, progress: Progress, scores: Mapping[float, float]
+) -> dict[str, Any]:
+    """Merge this process' share into the output; the first process lays it out and completes it."""
+    summary = job.summary()
+    stamps = _stamps(job)
+    blank = {name: ["0" * 64] * len(x.files) for name, x in job.inputs.items()}
+    output = Output(
+        target.path,
+        job.metas(),
+        metadata=_header(job.record(blank)),
+        overwrite=target.overwrite,
+        **_layout(job, target),
+    )
+    keep, stop = False, Event()
+    sums: Digests = blank
+    files: list[Path] = []
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        try:
+            if distributed.rank() == 0:
+                output.start(_journal(job) | stamps, target.resume)
+                digests = {
+                    name: [pool.submit(sha256, file, stop) for file in x.files]
+                    for name, x in job.inputs.items()
+                }
+            output.done = distributed.from_first(output.done)
+            resumed = len(output.done)
+            share = _merge_share(job, output, threads, progress)
+            output.settle()
+            shares = distributed.from_all((output.done, *share))
+            output.done = {name for done, _, _ in shares for name in done}
+            if distributed.rank() == 0:
+                sums = {name: [x.result() for x in found] for name, found in digests.items()}
+                _refuse_changed(stamps, _stamps(job))
+                record = job.record(sums)
+
+                def finish(folder: Path) -> None:
+                    summary["notes"] += _complete(folder, job, target, record, scores)
+
+                files = output.commit(metadata=_header(record), finish=finish)
+            files = distributed.from_first(files)
+        except (OSError, KeyboardInterrupt, RuntimeError, MemoryError):
+            keep = True
+            raise
+        finally:
+            stop.set()
+            output.close(keep=keep)
+    noise, signal = (sum(result[i] for result in shares) for i in (1, 2))
+    return summary | {
+        "record": job.record(sums),
+        "scores": dict(scores),
+        "processes": distributed.size(),
+        "resumed_tensors": resumed,
+        "rounding": (noise / signal) ** 0.5 if signal else None,
+        "files": [str(file) for file in files],
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+
+
+def _complete(
+    folder: Path, job: Job, target: Target, record: Record, scores: Mapping[float, float]
+) -> list[str]:
+    """Add the base's other files and the card to an output folder; returns what the user should know."""
+    copy_side_files(job.base.path, folder)
+    paths = {"the base": job.base.path} | {name: task.path for name, task in job.tasks.items()}
+    tasks = {name: task.path for name, task in job.tasks.items()}
+    given = {"base_model": target.base_model, "license": target.license}
+    silent = []
+    for key, inputs in (("base_model", tasks), ("license", paths)):
+        if given[key] is None:
+            given[key], why = agreed(key, inputs)
+            silent += [why] if why else []
+    card = write_card(
+        record,
+        folder,
+        inputs={name: x.layout for name, x in job.inputs.items()},
+        treatments=Counter(step.treatment for step in job.merged.steps.values()),
+        scores=scores,
+        **given,
+    )
+    (folder / CARD).write_text(card)
+    if not silent:
+        return []
+    return [f"the card leaves out {' and '.join(silent)}: give --base-model, --license"]
+
+
+def _merge_share(
+    job: Job, output: Output, threads: int | None, progress: Progress
+) -> tuple[float, float]:
+    """Merge and write this process' tensors; squared norms of what rounding adds, and of the update.
+
+    Both are taken where the output is of a half type.
+    """
+    merged, places = job.merged, job.places
+    workers, room = _at_once(merged, threads)
+    costs = {name: _cost(step) for name, step in merged.steps.items()}
+    merged.prepare(
+        distributed.share(costs), gather=distributed.from_all, threads=workers, room=room
+    )
+    left = {name: cost for name, cost in costs.items() if not output.done.issuperset(places[name])}
+    mine = distributed.share(left)
+
+    def work(name: str) -> tuple[str, Tensor, tuple[float, float]]:
+        base, delta, factor = merged.parts(name)
+        tensor = add_update(name, base, delta, factor, merged.dtype)
+        return name, tensor.cpu(), _rounding(base, delta, tensor, factor)
+
+    noise = signal = 0.0
+    tensors = merged.map(work, mine, threads=workers, room=room)
+    for done, (name, tensor, norms) in enumerate(tensors, start=1):
+        noise, signal = noise + norms[0], signal + norms[1]
+        for place in places[name]:
+            output.write(place, tensor)
+        if progress is not None:
+            progress(done, len(mine), name)
+        del tensor  # not beside the next one
+    return noise, signal
+
+
+def _rounding(
+    base: Tensor, delta: Tensor | None, merged: Tensor, factor: float
+) -> tuple[float, float]:
+    """Squared norms of what rounding to a half type adds, and of factor * delta."""
+    if delta is None or not merged.is_floating_point() or merged.itemsize >= 4:
+        return 0.0, 0.0
+    noise, signal, norm = 0.0, 0.0, torch.linalg.vector_norm
+    pieces = (in_pieces(x, delta.device) for x in (base, delta, merged))
+    for x, d, y in zip(*pieces, strict=True):
+        error = torch.add(x.to(d), d, alpha=factor).sub_(y.to(d))
+        noise += float(norm(error, dtype=torch.float64)) ** 2
+        signal += float(norm(d, dtype=torch.float64)) ** 2 * factor**2
+    return noise, signal
+
+
+def _cost(step: Step) -> float:
+    """Work on a tensor, up to a factor: singular vectors of [m, n] take m * n * min(m, n)."""
+    return step.entries * (min(step.shape) if step.spectral else 1)
+
+
+def _at_once(merged: Merged, threads: int | None) -> tuple[int, float]:
+    """Tensors in work at once: as asked for, else one per core, as far as memory goes, and their room."""
+    if threads is not None or torch.device(merged.device).type != "cpu":
+        return threads or 1, float("inf")
+    spectral = any(step.spectral for step in merged.steps.values())
+    held = 4 * (2 * len(merged.tasks) + (16 if spectral else 4))  # bytes for an entry of a tensor
+    share = distributed.size()
+    return max(1, cores() // share), memory() / 4 / held / share
+
+
+def _header(record: Record) -> dict[str, str]:
+    """Strings for the header of the output; no times or paths, so that bytes repeat."""
+    return {"minipact": __version__, "merge": json.dumps(record, sort_keys=True)}
+
+
+def _journal(job: Job) -> dict[str, Any]:
+    """What the output's bytes depend on besides the inputs: kept for resuming."""
+    record = job.record()
+    return {**record.pop("recipe"), **record}
+
+
+def _stamps(job: Job) -> dict[str, list[int]]:
+    """Size in bytes and time of change of each input file."""
+    files = {file.resolve(): file.stat() for x in job.inputs.values() for file in x.files}
+    return {f"size and time of {f}": [s.st_size, s.st_mtime_ns] for f, s in files.items()}
+
+
+def _refuse_changed(before: Mapping[str, list[int]], after: Mapping[str, list[int]]) -> None:
+    for what, stamp in before.items():
+        if after[what] != stamp:
+            raise CheckpointError(f"{what} changed while it was read: merge again when it is whole")

@@ -1,0 +1,231 @@
+"""Model merging as equations: every method of minipact, plainly, in one file that needs torch only.
+
+W0 [m, n] is a pre-trained weight, D [T, m, n] its T task matrices W_t - W0; a layer computes W x. A purifier
+cleans D, a rule turns it into one update [m, n], and `merge` does both for a whole model:
+
+    merged = merge(base, [cars, signs], rule="tsv_m", purify=["pact"], scale=1.0)
+
+Copy this file. It checks nothing and takes full SVDs; the package has the same methods with the same options
+and defaults, checked, faster, and for checkpoints that do not fit into memory.
+"""
+
+import re
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+# ---- Singular vectors, in float64; directions are columns ----------------------------------------
+
+
+def svd(x, tol, rank=None):
+    """U [m, k], S [k], V [n, k]: leading singular triples of x [m, n], all with S > tol S_1."""
+    U, S, Vh = torch.linalg.svd(x.double(), full_matrices=False)
+    k = int((S > tol * S[:1]).sum())
+    if rank is not None:
+        k = min(k, count(rank, len(S), S[:k]))
+    return U[:, :k], S[:k], Vh[:k].mT
+
+
+def count(rank, size, S):
+    """How many directions a rank means: a count, a share of size, or "energy:0.85" of sum S^2."""
+    if isinstance(rank, str):
+        held = S.square().cumsum(0) / S.square().sum()
+        return int((held < float(rank.removeprefix("energy:"))).sum()) + 1
+    if isinstance(rank, float):
+        return max(1, int(rank * size + 1e-9))
+    return rank
+
+
+def roundoff(x):
+    """The share of the largest singular value below which a direction of x is rounding."""
+    return 1e-12 if x.dtype == torch.float64 else 1e-5
+
+
+def basis(A, tol):
+    """Orthonormal basis of the span of A's columns, by rank: QR would return a full one."""
+    if A.norm() < 1e-6:
+        return A[:, :0]
+    return svd(A, tol)[0]
+
+
+def polar(A, tol):
+    """U V^T of A = U S V^T, on its range: the nearest matrix with orthonormal columns."""
+    U, _, V = svd(A, tol)
+    return U @ V.mT
+
+
+# ---- Purifiers: (W0, D) -> D ---------------------------------------------------------------------
+
+
+def pact(W0, D, *, core=0.05, task=0.04, tol=1e-3, strength=1.0):
+    """PACT: keep each task off the load-bearing walls of the others (Shi et al. 2026).
+
+    A task's wall is the part of the core V0 that its own update leaves alone.
+    """
+    V0 = svd(W0, roundoff(W0), core)[2]  # [n, K]
+    updates = [svd(d, roundoff(d), task)[2] for d in D]  # [n, k] each
+    walls = [basis(V0 - V @ (V.mT @ V0), tol) for V in updates]
+    filtered = []
+    for j, d in enumerate(D):
+        others = [V0[:, :0], *walls[:j], *walls[j + 1 :]]
+        shield = basis(torch.cat(others, dim=1), tol).to(d)  # [n, p]
+        filtered.append(d - strength * d @ shield @ shield.mT)
+    return torch.stack(filtered)
+
+
+def sift(W0, D, *, core=0.05):
+    """SIFT: take the pre-trained core out of every task (Shi et al. 2026)."""
+    V0 = svd(W0, roundoff(W0), core)[2].to(D)
+    return D - D @ V0 @ V0.mT
+
+
+def dare(D, p=0.9, *, rescale=True, generator=None):
+    """DARE: drop each entry of D [T, ...] with probability p, rescale the rest (Yu et al. 2024)."""
+    draws = torch.stack([torch.rand(d.shape, generator=generator) for d in D])
+    kept = torch.where(draws.to(D.device) >= p, D, 0)
+    return kept / (1 - p) if rescale else kept
+
+
+# ---- Rules: D -> one update ----------------------------------------------------------------------
+
+
+def task_arithmetic(D, reduce="sum"):
+    """The sum or the mean of the task vectors D [T, ...] (Ilharco et al. 2023)."""
+    return D.sum(0) if reduce == "sum" else D.mean(0)
+
+
+def ties(D, density=0.2, reduce="mean"):
+    """TIES: trim small entries of D [T, ...], elect a sign, merge what agrees (Yadav et al. 2023)."""
+    flat = D.unsqueeze(-1).flatten(1)  # [T, d], of numbers too
+    kept = max(1, int(density * flat.shape[1] + 1e-9))
+    floor = flat.abs().topk(kept).values[:, -1:]
+    trimmed = torch.where(flat.abs() >= floor, flat, 0)
+    sign = trimmed.sum(0).sign()
+    agreeing = torch.where(trimmed.sign() == sign, trimmed, 0)
+    if reduce == "max":
+        merged = sign * agreeing.abs().amax(0)
+    elif reduce == "sum":
+        merged = agreeing.sum(0)
+    else:
+        merged = agreeing.sum(0) / (agreeing != 0).sum(0).clamp(min=1)
+    return merged.view_as(D[0])
+
+
+def tsv_m(D, *, rank=None):
+    """TSV-Merge: truncate each task, whiten all singular vectors, add (Gargiulo et al. 2025)."""
+    k = max(1, min(D[0].shape) // len(D)) if rank is None else rank
+    triples = [svd(d, roundoff(D), k) for d in D]
+    U, S, V = (torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True))
+    return (polar(U, roundoff(D)) * S @ polar(V, roundoff(D)).mT).to(D)
+
+
+def iso_c(D, *, mean_over="all"):
+    """Iso-C: the sum of the tasks with a flat spectrum (Marczak et al. 2025)."""
+    U, S, V = svd(D.sum(0), roundoff(D))
+    return (mean_singular_value(S, D, mean_over) * U @ V.mT).to(D)
+
+
+def iso_cts(D, common=0.8, *, mean_over="all"):
+    """Iso-CTS: common directions and some of each task's own, flat (Marczak et al. 2025)."""
+    size = min(D[0].shape)
+    own = min(round((size - int(size * common)) / len(D)), (size - 1) // len(D))
+    U0, S0, V0 = svd(D.sum(0), roundoff(D), size - own * len(D))
+    triples = [(U0, S0, V0)]
+    for d in D.double():
+        U, S, V = svd(d - U0 @ (U0.mT @ d), roundoff(D), own)
+        real = S > roundoff(D) * d.norm()  # where d lies in the common part, the rest is rounding
+        triples.append((U[:, real], S[real], V[:, real]))
+    U, S, V = (torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True))
+    flat = polar(U, roundoff(D)) @ polar(V, roundoff(D)).mT
+    return (mean_singular_value(S, D, mean_over) * flat).to(D)
+
+
+def mean_singular_value(S, D, mean_over):
+    return S.sum() / (min(D[0].shape) if mean_over == "all" else max(1, len(S)))
+
+
+# ---- A model per task ----------------------------------------------------------------------------
+
+
+def tsv_compress(D, *, rank=None):
+    """TSV-Compress: U [T, m, k], S [T, k], V [T, n, k] of each task (Gargiulo et al. 2025)."""
+    k = max(1, min(D[0].shape) // len(D)) if rank is None else rank
+    triples = zip(*[svd(d, roundoff(D), k) for d in D], strict=True)
+    first = [[x.movedim(-1, 0) for x in parts] for parts in triples]
+    U, S, V = (pad_sequence(parts, batch_first=True).to(D) for parts in first)
+    return U.mT, S, V.mT
+
+
+def tsv_decompress(U, S, V):
+    """The task matrices [T, m, n] again, as far as their triples hold them."""
+    return U * S.unsqueeze(-2) @ V.mT
+
+
+# ---- Whole models --------------------------------------------------------------------------------
+
+METHODS = {f.__name__: f for f in (pact, sift, dare, task_arithmetic, ties, tsv_m, iso_c, iso_cts)}
+ENTRYWISE = ("dare", "task_arithmetic", "ties")  # these act on all tensors, the others on matrices
+TABLES = ("text_projection", "token_embedding", "embed_tokens", "word_embeddings", "wte.")
+TRANSPOSED = re.compile(r"(^|visual\.)proj$|(^|\.)h\.\d+\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
+
+
+def kind(name, x):
+    """ "matrix", "matrix_T" where it is stored for x @ W, "vector", or "copy" from the base."""
+    if not x.is_floating_point() or name.endswith(("running_mean", "running_var")):
+        return "copy"
+    if x.ndim != 2 or any(table in name for table in TABLES):
+        return "vector"
+    return "matrix_T" if TRANSPOSED.search(name) else "matrix"
+
+
+def wide(x, device):
+    return x.to(device, torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.no_grad()
+def merge(base, tasks, *, rule, scale, purify=(), vectors="auto", options=None, device="cpu"):
+    """Merge state dicts: base + scale * rule(purified task vectors), a new state dict.
+
+    Args:
+        base, tasks: name -> tensor, and a list of such with the same names and shapes.
+        rule, purify: names in METHODS; options is {name: {option: value}}.
+        vectors: what becomes of tensors that are no matrices. "rule": as published, a flat rule acts on
+            them too, other rules take scale * mean. "mean": the unscaled mean of the task vectors. "copy":
+            nothing. A number: so much of their sum, unscaled. "auto": "mean" where a method acts on
+            matrices and there are several tasks, else "rule".
+    """
+
+    def run(method, *inputs):
+        return METHODS[method](*inputs, **(options or {}).get(method, {}))
+
+    if vectors == "auto":
+        spectral = {rule, *purify}.difference(ENTRYWISE)
+        vectors = "mean" if spectral and len(tasks) > 1 and scale > 0 else "rule"
+    kinds = {name: kind(name, x) for name, x in base.items()}
+    treated, update = {}, {}
+    for name in [name for name in base if kinds[name] != "copy"]:
+        W0 = wide(base[name], device)
+        D = torch.stack([wide(task[name], device) - W0 for task in tasks])
+        if kinds[name] == "vector" and vectors != "rule":
+            share = {"mean": 1 / len(tasks), "copy": 0}.get(vectors, vectors)
+            update[name] = share * D.sum(0)
+            continue
+        for purifier in purify:
+            if purifier in ENTRYWISE:
+                D = run(purifier, D)
+            elif kinds[name] == "matrix":
+                D = run(purifier, W0, D)
+            elif kinds[name] == "matrix_T":
+                D = run(purifier, W0.mT, D.mT).mT
+        treated[name] = D
+    if rule in ENTRYWISE and treated:  # it sees all tensors as one
+        whole = torch.cat([D.unsqueeze(-1).flatten(1) for D in treated.values()], dim=1)
+        parts = run(rule, whole).split([D[0].numel() for D in treated.values()])
+        update |= {name: scale * x for name, x in zip(treated, parts, strict=True)}
+    else:
+        for name, D in treated.items():
+            update[name] = scale * (D.mean(0) if kinds[name] == "vector" else run(rule, D))
+    merged = {name: x.clone() for name, x in base.items()}
+    for name, x in update.items() if scale else ():
+        merged[name] = (wide(base[name], device) + x.view_as(base[name])).to(base[name])
+    return merged
