@@ -373,7 +373,7 @@ def disk(rounds: int, layers: int = 6) -> dict[str, Any]:
         jobs = {
             "read the inputs, write one": [sys.executable, "-c", FLOOR, *weights, copy],
             "the same, flushed to the disk": [sys.executable, "-c", FLOOR + FLUSH, *weights, copy],
-            "import torch and minipact": [sys.executable, "-c", "import torch, minipact"],
+            "import torch and minipact": [sys.executable, "-c", "import torch, minipact.job"],
             "minipact without checksums": [sys.executable, "-c", UNHASHED, *merge],
             "minipact": [sys.executable, "-m", "minipact", *merge],
         }

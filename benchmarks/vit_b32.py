@@ -101,7 +101,7 @@ def run(command: list[str]) -> dict[str, float]:
 def measure(repeats: int, device: str = "cpu") -> dict[str, Any]:
     """The floor and several ways to merge the same files, taking turns: seconds, and memory above imports."""
     bare = run(
-        [sys.executable, "-c", "import torch, safetensors.torch, minipact, time; time.sleep(1)"]
+        [sys.executable, "-c", "import torch, safetensors.torch, minipact.job, time; time.sleep(1)"]
     )
     runs: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:

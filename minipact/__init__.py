@@ -12,12 +12,13 @@ ROOMS = {  # room -> names; __init__.pyi says the same to type checkers
     "errors": "CheckpointError MergeError",
     "job": "merge_files",
     "lbw_weights": "LBWMasks benjamini_hochberg cohens_d enrichment lbw_mask overwrite permutation_test",
-    "merging": "METHODS Merged Step Sweep default_policy merge sweep",
+    "merging": "METHODS Merged Sweep merge sweep",
     "methods": "Method Walls dare iso_c iso_cts load_bearing_walls pact register sift task_arithmetic "
     "ties tsv_m",
     "output": "save_checkpoint",
     "per_task": "tsv_compress tsv_decompress",
     "recipe": "Recipe",
+    "steps": "Step default_policy",
     "task_vectors": "TaskVector merged_delta task_vector",
 }
 HOMES = {name: room for room, names in ROOMS.items() for name in names.split()}

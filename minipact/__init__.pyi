@@ -23,9 +23,7 @@ from minipact.lbw_weights import overwrite as overwrite
 from minipact.lbw_weights import permutation_test as permutation_test
 from minipact.merging import METHODS as METHODS
 from minipact.merging import Merged as Merged
-from minipact.merging import Step as Step
 from minipact.merging import Sweep as Sweep
-from minipact.merging import default_policy as default_policy
 from minipact.merging import merge as merge
 from minipact.merging import sweep as sweep
 from minipact.methods import Method as Method
@@ -44,6 +42,8 @@ from minipact.output import save_checkpoint as save_checkpoint
 from minipact.per_task import tsv_compress as tsv_compress
 from minipact.per_task import tsv_decompress as tsv_decompress
 from minipact.recipe import Recipe as Recipe
+from minipact.steps import Step as Step
+from minipact.steps import default_policy as default_policy
 from minipact.task_vectors import TaskVector as TaskVector
 from minipact.task_vectors import merged_delta as merged_delta
 from minipact.task_vectors import task_vector as task_vector

@@ -30,10 +30,12 @@ from minipact.adapters import Adapter, adapter_files, is_adapter, open_adapter
 from minipact.card import CARD, Record, agreed, write_card
 from minipact.checkpoints import Checkpoint, open_checkpoint, sha256
 from minipact.errors import CheckpointError, MergeError, listing
-from minipact.merging import Merged, Progress, Step, Sweep, add_update, in_pieces, sweep
+from minipact.merging import Merged, Progress, Sweep, sweep
 from minipact.output import Output, check_output, copy_side_files, parse_size, save_checkpoint
 from minipact.parallel import cores, memory
 from minipact.recipe import Recipe
+from minipact.steps import Step
+from minipact.tensors import add_update, in_pieces
 from minipact.version import __version__
 
 PathLike = str | Path
@@ -78,13 +80,15 @@ def merge_files(
         progress: called with (done, in all, name) after each tensor, and after each scale.
 
     Returns:
-        A summary that JSON can take: record (recipe, versions, kind of device, SHA-256 of inputs), base and
-        tasks with paths, tensors (what was done -> number), notes, scores, files, bytes, rounding (of the
-        result over the norm of scale * task vector, for half types), processes, resumed_tensors, seconds.
+        A summary that JSON can take, with the keys record (recipe, versions, kind of device, SHA-256 of
+        inputs), base and tasks (with paths), tensors (what was done -> number), notes, scores, files, bytes,
+        rounding (of the result over the norm of scale * task vector, for half types), processes,
+        resumed_tensors and seconds.
 
     Raises:
-        CheckpointError, MergeError: the inputs or the recipe do not fit; the message says which and how to
-            go on. OSError: the disk is full, and the like. Then there is no output.
+        CheckpointError: an input or the output cannot be; the message says which and how to go on.
+        MergeError: the models or the recipe do not fit, likewise.
+        OSError: the disk is full or fails. In every case there is no output.
     """
     started = time.perf_counter()
     target = Target(Path(output), max_shard_size, overwrite, resume, base_model, license)

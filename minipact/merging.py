@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import (
     Callable,
     Collection,
@@ -21,7 +20,6 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import reduce
 from threading import Lock
 from typing import Any, TypeVar
@@ -30,148 +28,32 @@ import torch
 from torch import Tensor
 
 import minipact.per_task  # noqa: F401  enters its methods into the registry
-from minipact.errors import MergeError, check_known, listing
+from minipact.errors import MergeError, listing
 from minipact.methods import METHODS as METHODS
-from minipact.methods import (
-    RANK_OPTIONS,
-    SUPPLIED,
-    Measure,
-    Method,
-    Options,
-    find_method,
-    is_finite,
-    is_registered,
-    is_zero,
-    named_generator,
-    parameters_of,
-    run_survey,
-)
+from minipact.methods import Measure, Options, is_registered, is_zero, named_generator, run_survey
 from minipact.parallel import in_threads
-from minipact.recipe import (
-    KINDS_OF_TENSOR,
-    Globs,
-    Policy,
-    Recipe,
-    Use,
-    as_globs,
-    as_methods,
-    dtype_name,
+from minipact.recipe import Globs, Policy, Recipe, Use, as_globs, as_methods, as_number, dtype_name
+from minipact.steps import (
+    Applied,
+    Factors,
+    Step,
+    Tasks,
+    applied_methods,
+    check_work,
+    decided_scale,
+    decided_vectors,
+    kinds_of,
+    named_tasks,
+    refuse_mismatches,
+    step_of,
+    weights_by_name,
 )
+from minipact.tensors import Device, State, add_update, meta_of, task_blocks
 
-Device = str | torch.device
-State = Mapping[str, Tensor]
-States = Mapping[str, State]
-Tasks = Sequence[State] | States
-Factors = Sequence[float] | Mapping[str, float] | None
 Progress = Callable[[int, int, str], None] | None
 Gather = Callable[[Any], list[Any]]
 Answers = list[dict[str, Tensor]]
 Result = TypeVar("Result")
-
-# ---- What happens to each tensor -----------------------------------------------------------------
-
-_LOOKUP_TABLES = ("token_embedding", "embed_tokens", "word_embeddings", "wte.")
-_GPT2_LAYERS = re.compile(r"(^|\.)h\.\d+\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
-
-
-def default_policy(name: str, tensor: Tensor) -> str:
-    """How a floating-point tensor is treated: "matrix", "matrix_T", "vector" or "copy".
-
-    Matrices are 2-D weights used as x @ W^T. "matrix_T" is stored the other way round, for x @ W (CLIP's
-    `visual.proj`, GPT-2's Conv1D layers): purifiers see it transposed. Vectors are all the rest: biases,
-    norms, convolutions, token tables, and `text_projection`, as published; so are positional embeddings
-    as matrices. Statistics of batch normalisation are copied: recompute them after merging.
-    """
-    if name.endswith(("running_mean", "running_var")):
-        return "copy"
-    if tensor.ndim != 2 or any(t in name for t in ("text_projection", *_LOOKUP_TABLES)):
-        return "vector"
-    transposed = name == "proj" or name.endswith("visual.proj") or _GPT2_LAYERS.search(name)
-    return "matrix_T" if transposed else "matrix"
-
-
-@dataclass(frozen=True)
-class Step:
-    """What happens to one tensor.
-
-    Attributes:
-        name, shape, dtype: of the base's tensor.
-        kind: "matrix", "matrix_T", "vector" or "copy".
-        purify: names of the purifiers that act on it, in order.
-        rule: name of the rule; or "mean", "sum", "copy".
-        factor: what the rule's result is multiplied with; None is the scale of the merge.
-        spectral: whether a method for matrices acts on it, whose work grows faster than its entries.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    kind: str
-    purify: tuple[str, ...]
-    rule: str
-    factor: float | None = None
-    spectral: bool = False
-
-    @property
-    def treatment(self) -> str:
-        """In words: "pact > tsv_m", "mean, unscaled", "copy"."""
-        words = " > ".join([*self.purify, self.rule])
-        if self.factor is None:
-            return words
-        return f"{words}, unscaled" if self.factor == 1 else f"{self.factor:g} x {words}, unscaled"
-
-    @property
-    def entries(self) -> int:
-        """Number of entries."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class _Use:
-    """A method with the options of this merge, and the tensors that a purifier is for."""
-
-    method: Method
-    options: Mapping[str, object]
-    scope: tuple[str, ...] = ("*",)
-
-    @property
-    def name(self) -> str:
-        return self.method.name
-
-    @property
-    def effective(self) -> dict[str, object]:
-        """All options, defaults too, as a recipe holds them."""
-        if self.method.kind != "purifier":
-            return dict(self.options)
-        return {**self.options, "scope": None if self.scope == ("*",) else self.scope}
-
-    def takes_blocks(self, answer: Mapping[str, Tensor]) -> bool:
-        """Whether a tensor may come in parts: by entries, once a survey told what is of the whole."""
-        alone = self.method.survey is None or bool(answer)
-        return self.method.acts_on == "entries" and alone and not {*SUPPLIED} & {*self.method.needs}
-
-    def clipped(self, shape: Sequence[int]) -> dict[str, object]:
-        """The function's options, with counts of directions cut to a small matrix' min(m, n)."""
-        options = self.taken_by(self.method.function)
-        for name in RANK_OPTIONS:
-            count = options.get(name)
-            if isinstance(count, int):
-                options[name] = min(count, *shape)
-        return options
-
-    def acts_on(self, name: str, kind: str) -> bool:
-        fits = self.method.acts_on != "matrix" or kind.startswith("matrix")
-        return fits and kind != "copy" and _matches(name, self.scope)
-
-    def turns(self, kind: str) -> bool:
-        """Whether it sees tensors of this kind transposed: inputs are the columns of what it clears."""
-        method = self.method
-        return kind == "matrix_T" and (method.kind, method.acts_on) == ("purifier", "matrix")
-
-    def taken_by(self, function: Callable[..., object]) -> dict[str, Any]:
-        """Those options that a function has parameters for."""
-        parameters = parameters_of(function)
-        return {name: x for name, x in self.options.items() if name in parameters}
 
 
 @dataclass
@@ -192,8 +74,7 @@ class Merged(Mapping[str, Tensor]):
     Like a state dict, it can be saved, loaded into a module, or be a model of another merge. Every access
     computes; `dict(merged)` holds all. Tensors are new and on the CPU, one for every name of the base.
 
-    Args:
-        base, tasks, and the keywords: as in `merge`.
+    Arguments are those of `merge`, but for progress and threads.
 
     Attributes:
         recipe: the `Recipe` with all defaults filled in, scale and vectors decided.
@@ -224,24 +105,24 @@ class Merged(Mapping[str, Tensor]):
         seed: int = 0,
         device: Device = "cpu",
     ) -> None:
-        self.base, self.tasks, self.device = base, _named_tasks(tasks), device
-        _refuse_mismatches(base, self.tasks)
-        factors = _task_weights(weights, tasks, self.tasks)
+        self.base, self.tasks, self.device = base, named_tasks(tasks), device
+        refuse_mismatches(base, self.tasks)
+        factors = weights_by_name(weights, tasks, self.tasks)
         given = Recipe(
             rule, as_methods(purify), options or {}, scale, vectors, factors,
             as_globs(include, "include"), as_globs(exclude, "exclude"), policy or {},
             dtype_name(dtype), seed,
         )  # fmt: skip
-        self._uses = _uses(given, base)
-        self._kinds = _kinds(given, base)
-        found, self.notes = _scale(given.scale, self._uses)
+        self._uses = applied_methods(given, base)
+        self._kinds = kinds_of(given, base)
+        found, self.notes = decided_scale(given.scale, self._uses)
         self._vectors, self._keeps = given.vectors, False
         self.shelf: Callable[[], MutableMapping[str, Tensor | None]] = dict
         self._passes: dict[str | float, _FirstPass] = {}
         self.recipe = replace(given, options={use.name: use.effective for use in self._uses})
         self._settle(found)
         for use in self._uses:
-            _check_work(use, self.steps.values())
+            check_work(use, self.steps.values())
         self._try_out()
 
     def __iter__(self) -> Iterator[str]:
@@ -269,7 +150,7 @@ class Merged(Mapping[str, Tensor]):
 
     def meta(self, name: str) -> Tensor:
         """Tensor of the same shape and dtype on the "meta" device, without computing anything."""
-        meta = _meta(self.base, name).to("meta")
+        meta = meta_of(self.base, name).to("meta")
         return meta.to(self.dtype) if self.dtype and meta.is_floating_point() else meta
 
     def delta(self, name: str) -> Tensor | None:
@@ -286,10 +167,10 @@ class Merged(Mapping[str, Tensor]):
     def at(self, scale: float) -> Merged:
         """The same merge at another scale, for sweeps: merged task vectors are computed once and kept.
 
-        vectors="auto" is decided anew. Raises MergeError for a scale that is not finite.
+        vectors="auto" is decided anew. Raises MergeError for a scale that is no finite number.
         """
         other = copy.copy(self)
-        other._settle(scale)
+        other._settle(as_number("scale", scale))
         other._keeps, other.notes = True, ()
         found = self._passes[other.recipe.vectors]
         if found.kept is None:
@@ -357,10 +238,10 @@ class Merged(Mapping[str, Tensor]):
     def _settle(self, scale: float) -> None:
         """Decide all that depends on the scale."""
         recipe = replace(self.recipe, scale=scale)
-        vectors = _decided(self._vectors, scale, self._uses, len(self.tasks))
+        vectors = decided_vectors(self._vectors, scale, self._uses, len(self.tasks))
         self.recipe = replace(recipe, vectors=vectors)
         self.steps = {
-            name: _step(name, _meta(self.base, name), kind, self._uses, vectors)
+            name: step_of(name, meta_of(self.base, name), kind, self._uses, vectors)
             for name, kind in self._kinds.items()
         }
         self._passes.setdefault(vectors, _FirstPass())
@@ -402,7 +283,7 @@ class Merged(Mapping[str, Tensor]):
         return None if is_zero(delta) else delta.view(step.shape)
 
     def _task_matrices(
-        self, step: Step, purifiers: Sequence[_Use], answers: Answers, by_entry: bool
+        self, step: Step, purifiers: Sequence[Applied], answers: Answers, by_entry: bool
     ) -> Iterator[Tensor]:
         """D [T, ...] of one tensor behind some purifiers; in blocks [T, b] where entries alone count."""
         acting = [
@@ -418,7 +299,7 @@ class Merged(Mapping[str, Tensor]):
             yield D
 
     @torch.no_grad()
-    def _call(self, use: _Use, answer: dict[str, Tensor], step: Step, D: Tensor) -> Tensor:
+    def _call(self, use: Applied, answer: dict[str, Tensor], step: Step, D: Tensor) -> Tensor:
         """Run one purifier or rule on one tensor, with the arguments it needs."""
         method, purifies = use.method, use.method.kind == "purifier"
         if method.acts_on == "matrix" and is_zero(D):
@@ -451,7 +332,7 @@ class Merged(Mapping[str, Tensor]):
 
     def _survey(
         self,
-        use: _Use,
+        use: Applied,
         answers: Answers,
         names: Collection[str] | None,
         gather: Gather,
@@ -645,255 +526,3 @@ def sweep(
             progress(len(scores), len(candidates), f"scale {scale:g}: {scores[scale]:g}")
     best = max(scores, key=lambda scale: (scores[scale], -abs(scale)))
     return Sweep(scores, best, candidates[best])
-
-
-# ---- Tensors -------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def add_update(
-    name: str, base: Tensor, delta: Tensor | None, factor: float, dtype: torch.dtype | None = None
-) -> Tensor:
-    """base + factor * delta in a wide type, then in dtype; a copy of the base without a delta.
-
-    dtype None, and any for integers, is the base's. Raises MergeError, naming the tensor, where the result
-    overflows.
-    """
-    if dtype is None or not base.is_floating_point():
-        dtype = base.dtype
-    if delta is None or factor == 0:
-        merged = base.to(dtype, copy=True)
-    else:
-        merged = torch.empty(base.shape, dtype=dtype, device=delta.device)
-        pieces = (in_pieces(x, delta.device) for x in (merged, base, delta))
-        for out, x, d in zip(*pieces, strict=True):
-            out.copy_(torch.add(x.to(d), d, alpha=factor))
-    if not is_finite(merged) and is_finite(base):
-        hint = "check the base, take a smaller scale or a wider dtype"
-        raise MergeError(f"tensor '{name}' of the result overflows {merged.dtype}: {hint}")
-    return merged
-
-
-def in_pieces(x: Tensor, device: Device) -> Sequence[Tensor]:
-    """The entries in pieces that fit into the cache where a CPU does the work, else in one."""
-    size = 1 << 18 if torch.device(device).type == "cpu" else max(1, x.numel())
-    return torch.split(x.flatten(), size)
-
-
-def task_matrices(
-    name: str, base: State, tasks: States, weights: Mapping[str, float] | None = None,
-    device: Device = "cpu",
-) -> Tensor:  # fmt: skip
-    """D [T, ...] of one tensor: weight * (fine-tuned - base), or a task's own `delta(name)`.
-
-    float32, float64 where an input is. Raises MergeError, naming tensor and model, for NaN or infinity.
-    """
-    return next(task_blocks(name, base, tasks, weights, device, whole=True))
-
-
-def task_blocks(
-    name: str, base: State, tasks: States, weights: Mapping[str, float] | None, device: Device, *,
-    whole: bool,
-) -> Iterator[Tensor]:  # fmt: skip
-    """`task_matrices`, whole or in blocks [T, b] of the entries that fit into a cache."""
-    known = [_own_delta(task, name, base) for task in tasks.values()]
-    tuned = (task[name] if d is None else d for task, d in zip(tasks.values(), known, strict=True))
-    tensors = [x.detach() for x in (base[name], *tuned)]
-    wide = any(x.dtype == torch.float64 for x in tensors)
-    kind = torch.empty(0, dtype=torch.float64 if wide else torch.float32, device=device)
-    factors = list((weights or dict.fromkeys(tasks, 1.0)).values())
-    pieces = ([x] if whole else in_pieces(x, device) for x in tensors)
-
-    def block(start: Tensor, *tuned: Tensor) -> Tensor:
-        origin, D = start.to(kind), kind.new_empty(len(tuned), *start.shape)
-        for delta, x, factor, d in zip(D, tuned, factors, known, strict=True):
-            torch.sub(x.to(kind), origin, alpha=int(d is None), out=delta)
-            if factor != 1:
-                delta.mul_(factor)
-        if not is_finite(D):
-            models = ["the base", *(f"task '{label}'" for label in tasks), "some task"]
-            model = models[[*map(is_finite, tensors), False].index(False)]
-            raise MergeError(f"'{name}' of {model} holds NaN or infinity: repair or exclude it")
-        return D
-
-    return map(block, *pieces)
-
-
-def _own_delta(task: State, name: str, base: State) -> Tensor | None:
-    """A task's own difference from this base, where it knows it more exactly than by subtraction."""
-    if getattr(task, "base", base) is not base:
-        return None
-    delta: Tensor | None = getattr(task, "delta", lambda _: None)(name)
-    return delta
-
-
-# ---- Checks, and what follows from them ----------------------------------------------------------
-
-
-def _meta(state: State, name: str) -> Tensor:
-    """Shape and dtype of a tensor, unread where the mapping has a method `meta(name)`."""
-    tensor: Tensor = getattr(state, "meta", state.__getitem__)(name)
-    return tensor
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _refuse_idle_globs(globs: Iterable[str], names: Iterable[str], what: str) -> None:
-    """Each glob must match a name, so that a typo cannot pass silently."""
-    if idle := [glob for glob in globs if not any(fnmatchcase(name, glob) for name in names)]:
-        raise MergeError(f"{what} {listing(idle)} matches no tensor name of the base")
-
-
-def _named_tasks(tasks: Tasks) -> dict[str, State]:
-    """Tasks by name: sorted where the caller named them, else numbered from '0'."""
-    pairs = sorted(tasks.items()) if isinstance(tasks, Mapping) else enumerate(tasks)
-    named = {str(name): task for name, task in pairs}
-    if not named or not all(isinstance(task, Mapping) for task in named.values()):
-        raise MergeError("tasks must be a list, or a mapping by name, of state dicts: at least one")
-    return named
-
-
-def _refuse_mismatches(base: State, tasks: States) -> None:
-    """One message with everything that keeps the models from being compared."""
-    problems = [text for name, task in tasks.items() for text in mismatches(base, name, task)]
-    if problems:
-        raise MergeError("\n".join(problems))
-
-
-def mismatches(base: State, label: str, task: State) -> list[str]:
-    """What keeps a fine-tuned model from being compared with the base, one line each."""
-    if not isinstance(base, Mapping) or not base:
-        return ["the base must be a mapping name -> tensor with entries: pass model.state_dict()"]
-    problems = []
-    if missing := [name for name in base if name not in task]:
-        problems.append(f"task '{label}' lacks {listing(missing)}: is it tuned from this base?")
-    if extra := [name for name in task if name not in base]:
-        problems.append(f"task '{label}' has {listing(extra)}, unknown to the base: remove it")
-    for name in [name for name in base if name in task]:
-        x, y = _meta(base, name), _meta(task, name)
-        if (x.shape, x.is_floating_point()) != (y.shape, y.is_floating_point()):
-            given = f"{y.dtype} {tuple(y.shape)}, in the base {x.dtype} {tuple(x.shape)}"
-            problems.append(f"task '{label}': '{name}' is {given}: crop, resize or convert it")
-    return problems
-
-
-def _task_weights(weights: Factors, tasks: Tasks, named: States) -> dict[str, float]:
-    if weights is None:
-        return dict.fromkeys(named, 1.0)
-    names = tasks if isinstance(tasks, Mapping) else named
-    if isinstance(weights, Mapping):
-        pairs = {str(name): x for name, x in weights.items()}
-    else:
-        pairs = dict(zip(map(str, names), weights, strict=False))
-    if len(weights) != len(named) or pairs.keys() != named.keys():
-        raise MergeError(f"weights must give one number for each of {listing(named)}")
-    return {name: pairs[name] for name in named}
-
-
-def _uses(recipe: Recipe, base: State) -> tuple[_Use, ...]:
-    """Purifiers in order, then the rule, with their options checked by name."""
-    methods = [find_method(purifier, "purifier") for purifier in recipe.purify]
-    methods.append(find_method(recipe.rule, "rule"))
-    if idle := recipe.options.keys() - {method.name for method in methods}:
-        raise MergeError(f"options for {listing(idle)}, which is not used: add rule or purifier")
-    return tuple(_use(method, recipe.options.get(method.name, {}), base) for method in methods)
-
-
-def _use(method: Method, given: Options, base: State) -> _Use:
-    check_known(f"{method.name} option", given, method.options)
-    options = {**method.options, **given}
-    if method.kind != "purifier":
-        return _Use(method, options)
-    scope = as_globs(options.pop("scope"), f"{method.name} scope")
-    _refuse_idle_globs(scope, base, f"{method.name} scope")
-    return _Use(method, options, scope or ("*",))
-
-
-def _kinds(recipe: Recipe, base: State) -> dict[str, str]:
-    """Kind of each tensor: by the policy where the merge touches it, else "copy"."""
-    for what in ("include", "exclude"):
-        _refuse_idle_globs(getattr(recipe, what), base, what)
-    if not callable(recipe.policy):
-        _refuse_idle_globs(recipe.policy, base, "policy")
-    kinds = {}
-    for name in base:
-        tensor = _meta(base, name)
-        wanted = _matches(name, recipe.include or ("*",)) and not _matches(name, recipe.exclude)
-        if not wanted or not tensor.is_floating_point():
-            kinds[name] = "copy"
-            continue
-        kinds[name] = _kind(name, tensor, recipe.policy)
-        if kinds[name].startswith("matrix") and tensor.ndim != 2:
-            shape = tuple(tensor.shape)
-            raise MergeError(f"policy: '{name}' of shape {shape} cannot be a {kinds[name]}")
-    return kinds
-
-
-def _kind(name: str, tensor: Tensor, policy: Mapping[str, str] | Policy) -> str:
-    if callable(policy):
-        kind = policy(name, tensor)
-        check_known(f"policy for '{name}'", [kind], KINDS_OF_TENSOR)
-        return kind
-    for glob, kind in policy.items():
-        if fnmatchcase(name, glob):
-            return kind
-    return default_policy(name, tensor)
-
-
-def _step(name: str, x: Tensor, kind: str, uses: Sequence[_Use], vectors: str | float) -> Step:
-    """What happens to a tensor of this kind."""
-    shape = tuple(x.shape)
-    if kind == "copy":
-        return Step(name, shape, x.dtype, kind, (), "copy")
-    if kind == "vector" and vectors != "rule":
-        if isinstance(vectors, str):
-            rule, factor = {"mean": ("mean", 1.0), "copy": ("copy", None)}[vectors]
-        else:
-            rule, factor = "sum", vectors
-        return Step(name, shape, x.dtype, kind, (), rule, factor)
-    acting = [use for use in uses if use.acts_on(name, kind)]
-    purify = tuple(use.name for use in acting if use.method.kind == "purifier")
-    how = uses[-1].name if uses[-1] in acting else "mean"
-    spectral = any(use.method.acts_on == "matrix" for use in acting)
-    return Step(name, shape, x.dtype, kind, purify, how, spectral=spectral)
-
-
-def _check_work(use: _Use, steps: Iterable[Step]) -> None:
-    """A purifier must find tensors, and a count of directions must fit one of them at least."""
-    steps, name = list(steps), use.name
-    sizes = [min(s.shape, default=1) for s in steps if name in (*s.purify, s.rule)]
-    idle = use.method.kind == "purifier" or all(s.rule == "copy" for s in steps)
-    if not sizes and idle:
-        raise MergeError(f"{name} has no tensor to work on: see scope, include and exclude")
-    for option in RANK_OPTIONS:
-        rank, most = use.options.get(option), max(sizes, default=math.inf)
-        if isinstance(rank, int) and rank > most:
-            raise MergeError(f"{name}.{option}={rank} is above the largest rank, {most}")
-
-
-def _decided(vectors: str | float, scale: float, uses: Sequence[_Use], tasks: int) -> str | float:
-    """The treatment of vectors that "auto" stands for; see `merge`."""
-    if vectors != "auto":
-        return vectors
-    on_matrices = any(use.method.acts_on == "matrix" for use in uses)
-    return "mean" if on_matrices and tasks > 1 and scale >= 0 else "rule"
-
-
-def _scale(scale: float | None, uses: Sequence[_Use]) -> tuple[float, tuple[str, ...]]:
-    """The scale to use, and what the user should know about it."""
-    *purifiers, rule = uses
-    if scale is not None:
-        return float(scale), ()
-    if not rule.method.scale:
-        return 1.0, (f"scale 1.0: {rule.name} has no recommended value, try several",)
-    reduced = str(rule.options.get("reduce", "any"))
-    if reduced not in rule.method.scale:
-        raise MergeError(f"{rule.name} with reduce={reduced!r} has no recommended scale: give one")
-    recommended = rule.method.scale[reduced]
-    note = f"scale {recommended}, recommended for {rule.name}"
-    if purifiers:
-        behind = ", ".join(use.name for use in purifiers)
-        note += f" alone; no value is published behind {behind}: try several on validation data"
-    return recommended, (note,)

@@ -59,10 +59,10 @@ class Method:
         needs: what the engine supplies besides D. "base": W0 as the first argument; "tuned": the
             fine-tuned weights [T, ...]; "generator": random numbers of this tensor; "generators": one
             generator for each task, as `generator`. Any other name comes from the survey.
-        survey: a first pass over the model. survey(tasks=T, entries=d, **options), d the number of entries
-            that the method treats, is a generator function: each function of D [T, ...] that it yields is
-            called on every tensor, the values are added up and sent back; what it returns reaches
-            `function` as keyword arguments.
+        survey: a first pass over the model, a generator function that gets tasks=T, entries=d, the number
+            of entries that the method treats, and those of the options that it has parameters for. Each
+            function of D [T, ...] that it yields is called on every tensor, the values are added up and
+            sent back; what it returns reaches `function` as keyword arguments.
     """
 
     name: str

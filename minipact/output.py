@@ -228,7 +228,7 @@ class Output:
             The files of the output.
 
         Raises:
-            CheckpointError: a tensor is missing. OSError: the disk is full, and the like.
+            CheckpointError: a tensor is missing. OSError: the disk is full or fails.
         """
         self.settle()
         if missing := [name for name in self.places if name not in self.done]:
@@ -294,7 +294,7 @@ def save_checkpoint(
         The files written.
 
     Raises:
-        CheckpointError: the output exists or cannot be. OSError: the disk is full, and the like.
+        CheckpointError: the output exists or cannot be. OSError: the disk is full or fails.
     """
     meta = getattr(state, "meta", state.__getitem__)
     output = Output(path, {name: meta(name) for name in state}, **settings)

@@ -182,6 +182,11 @@ def wide(x, device):
     return x.to(device, torch.promote_types(x.dtype, torch.float32))
 
 
+def task_matrices(name, base, tasks, device):
+    W0 = wide(base[name], device)
+    return torch.stack([wide(task[name], device) - W0 for task in tasks])
+
+
 @torch.no_grad()
 def merge(base, tasks, *, rule, scale, purify=(), vectors="auto", options=None, device="cpu"):
     """Merge state dicts: base + scale * rule(purified task vectors), a new state dict.
@@ -202,30 +207,28 @@ def merge(base, tasks, *, rule, scale, purify=(), vectors="auto", options=None, 
         spectral = {rule, *purify}.difference(ENTRYWISE)
         vectors = "mean" if spectral and len(tasks) > 1 and scale > 0 else "rule"
     kinds = {name: kind(name, x) for name, x in base.items()}
-    treated, update = {}, {}
-    for name in [name for name in base if kinds[name] != "copy"]:
-        W0 = wide(base[name], device)
-        D = torch.stack([wide(task[name], device) - W0 for task in tasks])
-        if kinds[name] == "vector" and vectors != "rule":
-            share = {"mean": 1 / len(tasks), "copy": 0}.get(vectors, vectors)
-            update[name] = share * D.sum(0)
-            continue
+    D = {n: task_matrices(n, base, tasks, device) for n in base if kinds[n] != "copy"}
+    update = {}
+    if vectors != "rule":
+        share = {"mean": 1 / len(tasks), "copy": 0}.get(vectors, vectors)
+        update = {n: share * D.pop(n).sum(0) for n in list(D) if kinds[n] == "vector"}
+    for n in D:
+        W0 = wide(base[n], device)
         for purifier in purify:
             if purifier in ENTRYWISE:
-                D = run(purifier, D)
-            elif kinds[name] == "matrix":
-                D = run(purifier, W0, D)
-            elif kinds[name] == "matrix_T":
-                D = run(purifier, W0.mT, D.mT).mT
-        treated[name] = D
-    if rule in ENTRYWISE and treated:  # it sees all tensors as one
-        whole = torch.cat([D.unsqueeze(-1).flatten(1) for D in treated.values()], dim=1)
-        parts = run(rule, whole).split([D[0].numel() for D in treated.values()])
-        update |= {name: scale * x for name, x in zip(treated, parts, strict=True)}
+                D[n] = run(purifier, D[n])
+            elif kinds[n] == "matrix":
+                D[n] = run(purifier, W0, D[n])
+            elif kinds[n] == "matrix_T":
+                D[n] = run(purifier, W0.mT, D[n].mT).mT
+    if rule in ENTRYWISE:  # it sees all tensors as one
+        whole = torch.cat([d.flatten(1) for d in D.values()], dim=1)
+        parts = run(rule, whole).split([d[0].numel() for d in D.values()])
     else:
-        for name, D in treated.items():
-            update[name] = scale * (D.mean(0) if kinds[name] == "vector" else run(rule, D))
-    merged = {name: x.clone() for name, x in base.items()}
-    for name, x in update.items() if scale else ():
-        merged[name] = (wide(base[name], device) + x.view_as(base[name])).to(base[name])
+        parts = [d.mean(0) if kinds[n] == "vector" else run(rule, d) for n, d in D.items()]
+    update |= {n: scale * part for n, part in zip(D, parts, strict=True)}
+    merged = {n: x.clone() for n, x in base.items()}
+    if scale != 0:
+        for n, x in update.items():
+            merged[n] = (wide(base[n], device) + x.view_as(base[n])).to(base[n])
     return merged

@@ -69,14 +69,14 @@ class Recipe:
             check_known("policy", self.policy.values(), KINDS_OF_TENSOR)
         if self.weights is not None:
             table = _table(self.weights, "weights")
-            weights = {str(name): _number(f"weights: '{name}'", x) for name, x in table.items()}
+            weights = {str(name): as_number(f"weights: '{name}'", x) for name, x in table.items()}
             settle("weights", weights)
         if isinstance(self.vectors, str):
             check_known("vectors", [self.vectors], VECTORS)
         else:
-            settle("vectors", _number("vectors", self.vectors))
+            settle("vectors", as_number("vectors", self.vectors))
         if self.scale is not None:
-            settle("scale", _number("scale", self.scale))
+            settle("scale", as_number("scale", self.scale))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise MergeError(f"seed {self.seed!r} must be a whole number")
 
@@ -192,8 +192,8 @@ def dtype_name(dtype: str | torch.dtype | None) -> str | None:
     return name
 
 
-def _number(what: str, x: Any) -> float:
-    """x as a float, from a number of any library."""
+def as_number(what: str, x: Any) -> float:
+    """x as a float, from a number of any library. Raises MergeError unless float32 can hold it."""
     try:
         found = math.nan if isinstance(x, str | bool) else float(x)
     except (TypeError, ValueError, OverflowError, RuntimeError):

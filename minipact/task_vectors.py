@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from minipact.errors import MergeError, listing
-from minipact.merging import Merged, State, Tasks, add_update, mismatches, task_matrices
+from minipact.merging import Merged
+from minipact.steps import Tasks, mismatches
+from minipact.tensors import State, add_update, task_matrices
 
 
 class TaskVector(dict[str, Tensor]):

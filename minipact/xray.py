@@ -41,7 +41,7 @@ from torch import Tensor
 
 from minipact.diagnostics import interferences, similarities, triples_interference
 from minipact.errors import CheckpointError, MergeError, check_known
-from minipact.merging import Device, Merged, Progress, State, Step, Tasks, task_matrices
+from minipact.merging import Merged, Progress
 from minipact.methods import (
     RNG,
     Rank,
@@ -53,6 +53,8 @@ from minipact.methods import (
     walls_between,
 )
 from minipact.recipe import Globs
+from minipact.steps import Step, Tasks
+from minipact.tensors import Device, State, task_matrices
 from minipact.version import __version__
 
 WIDE, ENRICHED, ROOM = 0.8, 1.1, 1 / 8  # see `_advice`
@@ -101,7 +103,7 @@ def xray(
         return _look(merged, merged.steps[name], settings)
 
     looks = []
-    for found in merged.map(look, [step.name for step in steps]):
+    for found in merged.map(look, {step.name for step in steps}):
         looks.append(found)
         if progress is not None:
             progress(len(looks), len(steps), found.name)

@@ -1,12 +1,12 @@
-"""The mathematics of merging: known answers, properties, equivalences, bad input."""
+"""Whole models: what happens to each tensor, vectors and scale, sweeps, checks, streams, processes."""
 
 import itertools
 import math
-import shutil
-import subprocess
-import sys
+import random
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,480 +14,60 @@ import torch
 from torch import Tensor
 
 import minipact as mp
-from minipact import merging
+from helpers import flat, normal, same, single, small_model
+from minipact import tensors
+from minipact.methods import Talk
+from minipact.parallel import in_threads
 
 RULES = ("task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts")
-MATRIX_RULES = (mp.tsv_m, mp.iso_c, mp.iso_cts)
+VECTORS = ("auto", "rule", "mean", "copy", 0.4)
+BASE = small_model(0)
+TASKS = [small_model(100 * t, BASE) for t in (1, 2, 3)]
+BIAS, PROJ = "visual.mlp.c_fc.bias", "visual.proj"
 
 
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def differences(name: str) -> Tensor:
+    """D [T, ...] of one tensor of the three tasks."""
+    return torch.stack([task[name] - BASE[name] for task in TASKS])
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=rng(seed), dtype=dtype)
-
-
-def decaying(m: int, n: int, seed: int = 0, power: float = 1.0) -> Tensor:
-    """Random matrix with singular values i^-power, in float64."""
-    r = min(m, n)
-    u = torch.linalg.qr(normal(m, r, seed=seed)).Q
-    v = torch.linalg.qr(normal(n, r, seed=seed + 1000)).Q
-    return (u * torch.arange(1, r + 1).double() ** -power) @ v.mT
-
-
-def problem(m: int = 40, n: int = 30, tasks: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
-    W0 = decaying(m, n, seed)
-    return W0, torch.stack([0.1 * decaying(m, n, seed + t + 1) for t in range(tasks)])
-
-
-def model(seed: int, base: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Small state dict with matrices, a transposed one, vectors, a convolution and an integer."""
-    shapes = {
-        "visual.mlp.c_fc.weight": (24, 16),
-        "visual.mlp.c_fc.bias": (24,),
-        "visual.mlp.c_proj.weight": (16, 24),
-        "visual.proj": (16, 12),
-        "visual.conv1.weight": (8, 3, 2, 2),
-    }
-    state = {
-        name: normal(*shape, seed=seed + i, dtype=torch.float32)
-        for i, (name, shape) in enumerate(shapes.items())
-    }
-    if base is not None:
-        state = {name: base[name] + 0.05 * x for name, x in state.items()}
-    return state | {"visual.steps": torch.tensor(7)}
-
-
-BASE = model(0)
-TASKS = [model(100 * t, BASE) for t in (1, 2, 3)]
-
-
-def reference_shield(W0: Tensor, D: Tensor, j: int, core: int, task: int, tol: float) -> Tensor:
-    """Projector on the shield, straight from the equations with full SVDs."""
-    v0 = torch.linalg.svd(W0).Vh[:core].mT
-    parts = []
-    for i, d in enumerate(D):
-        if i != j:
-            v = torch.linalg.svd(d).Vh[:task].mT
-            u, s, _ = torch.linalg.svd(v0 - v @ (v.mT @ v0), full_matrices=False)
-            parts.append(u[:, s > tol * s[0]])
-    u, s, _ = torch.linalg.svd(torch.cat(parts, 1), full_matrices=False)
-    p = u[:, s > tol * s[0]]
-    return p @ p.mT
-
-
-# ---- Task vectors --------------------------------------------------------------------------------
-
-
-def test_task_vector_arithmetic_by_hand():
-    base = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)}
-    a = mp.task_vector(base, {"w": torch.tensor([4.0, 6.0]), "n": torch.tensor(9)})
-    b = mp.task_vector(base, {"w": torch.tensor([1.0, 0.0]), "n": torch.tensor(3)})
-    assert list(a) == ["w"]
-    assert a["w"].tolist() == [3.0, 4.0]
-    assert (a + b)["w"].tolist() == [3.0, 2.0]
-    assert (a - b)["w"].tolist() == [3.0, 6.0]
-    assert (-a)["w"].tolist() == [-3.0, -4.0]
-    assert (2 * a)["w"].tolist() == (a * 2)["w"].tolist() == [6.0, 8.0]
-    assert sum([a, b])["w"].tolist() == [3.0, 2.0]
-    assert a.norm() == 5.0
-    assert a.dot(b) == -8.0
-    assert a.cosine(b) == pytest.approx(-0.8)
-    assert math.isnan(a.cosine(a - a))
-    merged = a.apply_to(base, 0.5)
-    assert merged["w"].tolist() == [2.5, 4.0]
-    assert merged["n"].item() == 3
-    assert merged["n"] is not base["n"]
-
-
-def test_task_vectors_of_other_models_are_refused():
-    a = mp.TaskVector({"w": torch.zeros(2)})
-    with pytest.raises(mp.MergeError, match="'v'"):
-        _ = a + mp.TaskVector({"v": torch.zeros(2)})
-    with pytest.raises(mp.MergeError, match="lacks 'w'"):
-        a.apply_to({"v": torch.zeros(2)})
-    with pytest.raises(TypeError):
-        _ = a + 1
-
-
-def test_negation_returns_to_the_base():
-    tau = mp.task_vector(BASE, TASKS[0])
-    back = (-tau).apply_to(tau.apply_to(BASE))
-    assert all(torch.allclose(back[k], BASE[k], atol=1e-6) for k in BASE)
-
-
-# ---- Rules by hand -------------------------------------------------------------------------------
-
-
-def test_task_arithmetic_by_hand():
-    D = torch.tensor([[[1.0, 2.0]], [[3.0, -4.0]]])
-    assert mp.task_arithmetic(D).tolist() == [[4.0, -2.0]]
-    assert mp.task_arithmetic(D, reduce="mean").tolist() == [[2.0, -1.0]]
-
-
-def test_ties_by_hand():
-    D = torch.tensor([[4.0, -1.0, 3.0, 0.5, 2.0], [-2.0, -3.0, 5.0, 1.0, -2.0]])
-    # trimmed to 3 of 5: [4, 0, 3, 0, 2], [-2, -3, 5, 0, -2]; ties at the threshold stay
-    assert mp.ties(D, density=0.6).tolist() == [4.0, -3.0, 4.0, 0.0, 0.0]
-    assert mp.ties(D, density=0.6, reduce="sum").tolist() == [4.0, -3.0, 8.0, 0.0, 0.0]
-    assert mp.ties(D, density=0.6, reduce="max").tolist() == [4.0, -3.0, 5.0, 0.0, 0.0]
-
-
-def test_ties_lets_opposite_vectors_cancel():
-    x = normal(5, 4)
-    assert not mp.ties(torch.stack([x, -x]), density=1.0).any()
-
-
-@pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 1.0])
-def test_ties_keeps_the_stated_number_of_entries(density: float):
-    x = normal(1, 1000)
-    assert int((mp.ties(x, density=density) != 0).sum()) == int(density * 1000)
-
-
-def test_iso_c_by_hand():
-    D = torch.stack([torch.diag(torch.tensor([3.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))])
-    assert torch.allclose(mp.iso_c(D), 2.0 * torch.eye(2), atol=1e-6)
-
-
-def test_tsv_m_by_hand():
-    D = torch.zeros(2, 3, 3)
-    D[0, 0, 1], D[1, 2, 0] = 5.0, -7.0  # orthogonal tasks: whitening changes nothing
-    assert torch.allclose(mp.tsv_m(D), D.sum(0), atol=1e-6)
-    twice = torch.stack([D[0], D[0]])  # one direction, twice: two equal columns share it
-    assert torch.allclose(mp.tsv_m(twice), D[0], atol=1e-6)
-
-
-def test_iso_c_keeps_the_nuclear_norm_and_flattens():
-    _, D = problem()
-    s = torch.linalg.svdvals(mp.iso_c(D))
-    assert torch.allclose(s, s[0].expand_as(s), rtol=1e-9)
-    assert s.sum().item() == pytest.approx(torch.linalg.svdvals(D.sum(0)).sum().item())
-
-
-def test_mean_over_range_counts_the_rank():
-    D = torch.diag(torch.tensor([4.0, 2.0, 0.0]))[None]
-    assert torch.allclose(mp.iso_c(D), torch.diag(torch.tensor([2.0, 2.0, 0.0])), atol=1e-6)
-    ranged = mp.iso_c(D, mean_over="range")
-    assert torch.allclose(ranged, torch.diag(torch.tensor([3.0, 3.0, 0.0])), atol=1e-6)
-
-
-def test_iso_cts_with_everything_common_is_iso_c():
-    _, D = problem()
-    assert torch.allclose(mp.iso_cts(D, common=1.0), mp.iso_c(D), atol=1e-12)
-
-
-def test_iso_cts_against_the_equations():
-    _, D = problem(m=20, n=15, tasks=3)
-    own = round((15 - 12) / 3)
-    u, s, vh = torch.linalg.svd(D.sum(0), full_matrices=False)
-    k = 15 - 3 * own
-    us, ss, vs = [u[:, :k]], [s[:k]], [vh[:k].mT]
-    for d in D:
-        a, b, c = torch.linalg.svd(d - u[:, :k] @ u[:, :k].mT @ d, full_matrices=False)
-        us, ss, vs = [*us, a[:, :own]], [*ss, b[:own]], [*vs, c[:own].mT]
-
-    def polar(x: Tensor) -> Tensor:
-        a, _, b = torch.linalg.svd(x, full_matrices=False)
-        return a @ b
-
-    expected = torch.cat(ss).mean() * polar(torch.cat(us, 1)) @ polar(torch.cat(vs, 1)).mT
-    assert torch.allclose(mp.iso_cts(D), expected, atol=1e-12)
-
-
-def test_tsv_m_against_the_equations():
-    _, D = problem(m=20, n=15, tasks=3)
-    parts = [torch.linalg.svd(d, full_matrices=False) for d in D]
-    u, s = torch.cat([p[0][:, :5] for p in parts], 1), torch.cat([p[1][:5] for p in parts])
-    v = torch.cat([p[2][:5].mT for p in parts], 1)
-    a, b = (torch.linalg.svd(x, full_matrices=False) for x in (u, v))
-    assert torch.allclose(mp.tsv_m(D), (a[0] @ a[2] * s) @ (b[0] @ b[2]).mT, atol=1e-10)
-
-
-def test_dare_keeps_the_mean_and_the_share():
-    x = torch.ones(2, 200, 200)
-    y = mp.dare(x, p=0.75, generator=rng())
-    assert set(y.unique().tolist()) == {0.0, 4.0}
-    assert y.mean().item() == pytest.approx(1.0, abs=0.03)
-    assert torch.equal(y, mp.dare(x, p=0.75, generator=rng()))
-    assert torch.equal(mp.dare(x, p=0.0), x)
-    assert mp.dare(x, p=0.5, rescale=False, generator=rng()).max() == 1.0
-
-
-# ---- One task, order, linearity ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("rule", "options"), [("task_arithmetic", {}), ("ties", {"density": 1.0}), ("tsv_m", {})]
-)
-@pytest.mark.parametrize("purify", [[], ["pact"], ["dare"]])
-def test_one_task_comes_back(rule: str, options: dict[str, float], purify: list[str]):
-    merged = mp.merge(
-        BASE, TASKS[:1], rule=rule, purify=purify, scale=1.0,
-        options={rule: options} | ({"dare": {"p": 0.0}} if purify == ["dare"] else {}),
-    )  # fmt: skip
-    for name, x in TASKS[0].items():
-        assert torch.allclose(merged[name], x, atol=1e-5), name
-
-
-def test_iso_and_sift_change_a_single_task():
-    W0, D = problem(tasks=1)
-    assert not torch.allclose(mp.iso_c(D), D[0], atol=1e-3)
-    assert not torch.allclose(mp.sift(W0, D), D, atol=1e-6)
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("purify", [[], ["pact"], ["sift", "dare"], ["pact", "dare"]])
-def test_named_tasks_merge_alike_in_any_order_bit_for_bit(rule: str, purify: list[str]):
-    named = dict(zip("abc", TASKS, strict=True))
-    first, second = (
-        mp.merge(BASE, {name: named[name] for name in order}, rule=rule, purify=purify, scale=1.0)
-        for order in ("abc", "cab")
-    )
-    assert all(torch.equal(first[name], second[name]) for name in BASE)
-
-
-@pytest.mark.parametrize("function", MATRIX_RULES)
-def test_rules_on_stacks_do_not_depend_on_order(function):
-    W0, D = problem()
-    for order in itertools.islice(itertools.permutations(range(4)), 6):
-        shuffled = D[list(order)]
-        assert torch.allclose(function(shuffled), function(D), atol=1e-9)
-        purified = mp.pact(W0, shuffled)
-        assert torch.allclose(purified, mp.pact(W0, D)[list(order)], atol=1e-9)
-        assert torch.allclose(function(purified), function(mp.pact(W0, D)), atol=1e-9)
-
-
-@pytest.mark.parametrize("function", [*MATRIX_RULES, lambda D: mp.task_arithmetic(D)])
-@pytest.mark.parametrize("purified", [False, True])
-def test_spectral_methods_follow_a_rotation_of_the_inputs(function, purified: bool):
-    W0, D = problem()
-    q = torch.linalg.qr(normal(30, 30, seed=9)).Q
-    rotated = D @ q
-    if purified:
-        D, rotated = mp.pact(W0, D), mp.pact(W0 @ q, rotated)
-    assert torch.allclose(function(rotated), function(D) @ q, atol=1e-9)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_rules_scale_with_their_inputs(rule: str):
-    _, D = problem()
-    function = mp.METHODS[rule].function
-    assert torch.allclose(function(3 * D), 3 * function(D), atol=1e-9)
-
-
-# ---- PACT ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("core", "task"), [(5, 3), (0.2, 0.1), (12, 4), ("energy:0.9", "energy:0.5")]
-)
-def test_filtered_matrices_are_orthogonal_to_the_shield(core, task):
-    W0, D = problem()
-    filtered = mp.pact(W0, D, core=core, task=task)
-    for j, d in enumerate(filtered):
-        p = mp.shield_basis(W0, D, j, core=core, task=task)
-        assert 0 < p.shape[1] < 30
-        assert torch.allclose(p.mT @ p, torch.eye(p.shape[1]).double(), atol=1e-12)
-        assert (d @ p).abs().max() < 1e-10 * D[j].abs().max()
-        assert d.norm() < D[j].norm()
-
-
-@pytest.mark.parametrize("tol", [1e-9, 1e-3, 0.05, 0.3])
-@pytest.mark.parametrize(("core", "task"), [(8, 3), (3, 8), (14, 6), (25, 2)])
-def test_shield_is_the_numerical_span(core: int, task: int, tol: float):
-    """Also where (T - 1) K exceeds the width, and in both branches of the spectrum's route."""
-    W0, D = problem(tasks=5)
-    for j in range(5):
-        p = mp.shield_basis(W0, D, j, core=core, task=task, tol=tol)
-        assert torch.allclose(p @ p.mT, reference_shield(W0, D, j, core, task, tol), atol=1e-6)
-
-
-def test_shield_has_the_closed_form_where_it_should():
-    W0, D = (x.clone() for x in problem(m=60, n=60, tasks=5, seed=3))
-    W0, D = normal(60, 60, seed=1), torch.stack([normal(60, 60, seed=s) for s in range(2, 7)])
-    core, task = 8, 4  # (T - 2) K = 24 >= (T - 1) k = 16
-    v0 = torch.linalg.svd(W0).Vh[:core].mT
-    others = [torch.linalg.svd(d).Vh[:task].mT for d in D[1:]]
-    q = torch.linalg.qr(torch.cat([v0, *others], 1)).Q
-    p = mp.shield_basis(W0, D, 0, core=core, task=task, tol=1e-9)
-    assert p.shape[1] == core + 4 * task
-    assert torch.allclose(p @ p.mT, q @ q.mT, atol=1e-6)
-
-
-def test_shield_is_smaller_where_the_closed_form_fails():
-    W0, D = normal(60, 60, seed=1), torch.stack([normal(60, 60, seed=s) for s in range(2, 6)])
-    core, task = 4, 8  # (T - 2) K = 8 < (T - 1) k = 24
-    p = mp.shield_basis(W0, D, 0, core=core, task=task, tol=1e-9)
-    assert p.shape[1] == 3 * core < core + 3 * task
-
-
-def test_two_tasks_shield_each_other_with_one_basis():
-    W0, D = problem(tasks=2)
-    p, b = mp.shield_basis(W0, D, 0), mp.lbw_basis(W0, D[1])
-    assert torch.allclose(p @ p.mT, b @ b.mT, atol=1e-10)
-
-
-def test_filter_is_idempotent_for_a_fixed_shield():
-    W0, D = problem()
-    once = mp.pact(W0, D)
-    for j, d in enumerate(once):
-        p = mp.shield_basis(W0, D, j)
-        assert torch.allclose(d - d @ p @ p.mT, d, atol=1e-12)
-
-
-def test_unpivoted_qr_would_delete_everything():
-    """The trap of methods that orthonormalise by a reduced QR; ours keeps what it should."""
-    W0, D = problem(tasks=6)
-    core, task = 10, 1
-    bases = [mp.lbw_basis(W0, d, core=core, task=task) for d in D[1:]]
-    q = torch.linalg.qr(torch.cat(bases, 1)).Q
-    assert torch.allclose(D[0] - D[0] @ q @ q.mT, torch.zeros_like(D[0]), atol=1e-10)
-    kept = mp.pact(W0, D, core=core, task=task)[0]
-    assert kept.norm() > 0.1 * D[0].norm()
-
-
-def test_sift_is_pact_without_task_directions():
-    W0, D = problem()
-    assert torch.allclose(mp.sift(W0, D, core=6), mp.pact(W0, D, core=6, task=0), atol=1e-12)
-    v0 = torch.linalg.svd(W0).Vh[:6].mT
-    assert (mp.sift(W0, D, core=6) @ v0).abs().max() < 1e-12
-
-
-def test_pact_with_nothing_to_protect_is_the_identity():
-    W0, D = problem()
-    assert torch.equal(mp.pact(W0, D, strength=0.0), D)
-    assert torch.allclose(mp.pact(W0, D, core=0), D, atol=1e-15)
-    assert torch.allclose(mp.pact(torch.zeros_like(W0), D, core=0), D, atol=1e-15)
-    half = mp.pact(W0, D, strength=0.5)
-    assert torch.allclose(half, (D + mp.pact(W0, D)) / 2, atol=1e-12)
-
-
-def test_a_zero_task_matrix_is_protected_all_the_same():
-    W0, D = problem()
-    D[2] = 0
-    filtered = mp.pact(W0, D, core=5)
-    v0 = torch.linalg.svd(W0).Vh[:5].mT
-    assert (filtered[0] @ v0).abs().max() < 1e-10
-    assert not filtered[2].any()
-
-
-@pytest.mark.parametrize("function", MATRIX_RULES)
-def test_whitening_leaves_cleared_directions_clear(function):
-    W0, D = problem(tasks=6)
-    v0 = torch.linalg.svd(W0).Vh[:6].mT
-    for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
-        purified = mp.pact(W0.to(dtype), D.to(dtype), core=6, task=1)
-        merged = function(purified).double()
-        assert (merged @ v0).norm() < bound * merged.norm()
-
-
-@pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
-def test_randomized_pact_keeps_its_promise(shape: tuple[int, int]):
-    W0, D = problem(*shape, tasks=4)
-    W0, D = W0.float(), D.float()
-    exact = mp.pact(W0, D)
-    fast = mp.pact(W0, D, svd="randomized", generator=rng())
-    assert (fast - exact).norm() < 0.01 * exact.norm()
-    assert torch.equal(fast, mp.pact(W0, D, svd="randomized", generator=rng()))
-
-
-def test_randomized_tsv_m_is_close():
-    _, D = problem(96, 64, tasks=8)
-    exact, fast = mp.tsv_m(D.float()), mp.tsv_m(D.float(), svd="randomized", generator=rng())
-    assert (fast - exact).norm() < 0.02 * exact.norm()
-
-
-@pytest.mark.parametrize("shape", [(50, 30), (30, 50)])
-def test_singular_subspaces_agree_with_lapack(shape: tuple[int, int]):
-    x = decaying(*shape).float()
-    u, s, v = merging._leading_svd(x, 7, "exact", None)
-    full = torch.linalg.svd(x.double())
-    assert torch.allclose(s, full.S[:7], rtol=1e-6)
-    assert torch.allclose(v @ v.mT, full.Vh[:7].mT @ full.Vh[:7], atol=1e-6)
-    assert torch.allclose(u @ u.mT, full.U[:, :7] @ full.U[:, :7].mT, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("rank", "count"),
-    [(0, 0), (7, 7), (0.05, 5), (0.001, 1), (0.29, 29), (0.999, 99), ("energy:0.5", 1)],
-)
-def test_ranks(rank, count: int):
-    spectrum = torch.arange(1, 101).double() ** -2.0
-    assert merging._count(rank, 100, spectrum) == count
-
-
-def test_energy_rank_by_hand():
-    spectrum = torch.tensor([3.0, 2.0, 1.0])  # squares 9, 4, 1 of 14
-    assert [merging._count(f"energy:{e}", 3, spectrum) for e in (0.6, 0.65, 0.9, 0.95, 1.0)] == [
-        1, 2, 2, 3, 3,
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "rank", [-1, 101, 1.0, 0.0, True, "energy:0", "energy:2", "energy:x", "half"]
-)
-def test_ranks_out_of_range(rank):
-    with pytest.raises(mp.MergeError, match="rank"):
-        merging._count(rank, 100, torch.ones(100))
-
-
-def test_thresholds_of_a_stream_are_exact():
-    D = normal(3, 5000, dtype=torch.float32)
-    D[1] = D[1].round(decimals=1)  # many ties
-    D[2, 1000:] = 0  # fewer numbers than are kept
-    for keep in (1, 1500, 5000):
-        found = merging._thresholds(lambda: iter(D.split(700, dim=1)), 3, keep / 5000, 5000)
-        assert torch.equal(found, D.abs().sort(dim=1, descending=True).values[:, keep - 1])
-
-
-# ---- Whole models --------------------------------------------------------------------------------
-
-
-def flat(state: dict[str, Tensor]) -> Tensor:
-    return torch.cat([x.flatten() for x in state.values() if x.is_floating_point()])
-
-
-def test_ties_trims_over_the_whole_model():
-    D = torch.stack([flat(task) - flat(BASE) for task in TASKS])
-    merged = mp.merged_delta(BASE, TASKS, rule="ties")
-    assert torch.equal(flat(merged), mp.ties(D))
-    local = mp.merged_delta(BASE, TASKS, rule="ties", options={"ties": {"scope": "tensor"}})
-    assert not torch.equal(flat(local), flat(merged))
-    name = "visual.proj"
-    stack = torch.stack([task[name] - BASE[name] for task in TASKS])
-    assert torch.equal(local[name], mp.ties(stack))
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("purify", [[], ["pact"], ["dare", "pact"]])
-def test_scale_zero_gives_the_base_and_a_sweep_equals_a_merge(rule: str, purify: list[str]):
-    kept = {name: x.clone() for name, x in (*BASE.items(),)}
-    still = mp.merge(BASE, TASKS, rule=rule, purify=purify, scale=0.0)
-    assert all(torch.equal(still[name], BASE[name]) for name in BASE)
-    delta = mp.merged_delta(BASE, TASKS, rule=rule, purify=purify)
-    for scale in (0.5, 1.7):
-        merged = mp.merge(BASE, TASKS, rule=rule, purify=purify, scale=scale)
-        swept = delta.apply_to(BASE, scale)
-        assert list(merged) == list(BASE)
-        assert all(torch.equal(merged[name], swept[name]) for name in BASE)
-        assert all(merged[name].data_ptr() != BASE[name].data_ptr() for name in BASE)
-    assert all(torch.equal(kept[name], BASE[name]) for name in BASE)
+# ---- What happens to each tensor -----------------------------------------------------------------
 
 
 def test_matrices_vectors_and_integers_go_their_ways():
-    D = {name: torch.stack([task[name] - BASE[name] for task in TASKS]) for name in BASE}
-    merged = mp.merged_delta(BASE, TASKS, rule="iso_c", purify="pact")
+    merged = mp.Merged(BASE, TASKS, rule="iso_c", purify="pact", vectors="rule", scale=1.0)
     name = "visual.mlp.c_proj.weight"
-    assert torch.equal(merged[name], mp.iso_c(mp.pact(BASE[name], D[name])))
-    name = "visual.proj"  # used as x @ W: its input side is the first axis
-    transposed = mp.pact(BASE[name].mT, D[name].mT).mT
-    assert torch.equal(merged[name], mp.iso_c(transposed))
-    for name in ("visual.mlp.c_fc.bias", "visual.conv1.weight"):
-        assert torch.equal(merged[name], D[name].mean(0))
-    assert "visual.steps" not in merged
-    summed = mp.merged_delta(BASE, TASKS, purify="pact")
-    assert torch.equal(summed["visual.conv1.weight"], D["visual.conv1.weight"].sum(0))
+    D = differences(name)
+    assert torch.equal(merged.delta(name), mp.iso_c(mp.pact(BASE[name], D)))
+    # used as x @ W: its input side is the first axis
+    transposed = mp.pact(BASE[PROJ].mT, differences(PROJ).mT).mT
+    assert torch.equal(merged.delta(PROJ), mp.iso_c(transposed))
+    for name in (BIAS, "visual.conv1.weight"):
+        assert torch.equal(merged.delta(name), differences(name).mean(0))
+    assert merged.delta("visual.steps") is None
+    assert merged["visual.steps"] == BASE["visual.steps"]
+    summed = mp.Merged(BASE, TASKS, purify="pact", vectors="rule", scale=1.0)
+    assert torch.equal(
+        summed.delta("visual.conv1.weight"), differences("visual.conv1.weight").sum(0)
+    )
+
+
+def test_steps_tell_what_happens():
+    merged = mp.Merged(BASE, TASKS, rule="tsv_m", purify=["pact", "dare"])
+    told = {name: (step.kind, step.treatment) for name, step in merged.steps.items()}
+    assert told == {
+        "visual.mlp.c_fc.weight": ("matrix", "pact > dare > tsv_m"),
+        "visual.mlp.c_fc.bias": ("vector", "mean, unscaled"),
+        "visual.mlp.c_proj.weight": ("matrix", "pact > dare > tsv_m"),
+        "visual.proj": ("matrix_T", "pact > dare > tsv_m"),
+        "visual.conv1.weight": ("vector", "mean, unscaled"),
+        "visual.steps": ("copy", "copy"),
+    }
+    assert merged.steps[PROJ].entries == 16 * 12
+    third = mp.Merged(BASE, TASKS, rule="tsv_m", vectors=0.25)
+    assert third.steps[BIAS].treatment == "0.25 x sum, unscaled"
+    scaled = mp.Merged(BASE, TASKS, rule="ties", purify="dare").steps[BIAS]
+    assert (scaled.treatment, scaled.factor) == ("dare > ties", None)
 
 
 def test_default_policy():
@@ -507,25 +87,36 @@ def test_default_policy():
     assert mp.default_policy("ln.weight", x1) == "vector"
 
 
+def test_policies_as_tables_and_functions():
+    table = {"*.conv1.*": "copy", "*.proj": "vector", "visual.p*": "matrix"}
+    steps = mp.Merged(BASE, TASKS, policy=table).steps
+    kinds = {name: step.kind for name, step in steps.items()}
+    assert kinds["visual.conv1.weight"] == "copy"
+    assert kinds[PROJ] == "vector", "the first glob that matches counts"
+    assert kinds["visual.mlp.c_fc.weight"] == "matrix"
+    by_function = mp.Merged(BASE, TASKS, policy=lambda name, x: "vector").steps
+    assert {step.kind for step in by_function.values()} == {"vector", "copy"}
+
+
 def test_include_exclude_and_scope():
     merged = mp.merge(BASE, TASKS, exclude="*.bias", scale=1.0)
     assert torch.equal(merged["visual.mlp.c_fc.bias"], BASE["visual.mlp.c_fc.bias"])
     merged = mp.merge(BASE, TASKS, include=["*.bias"], scale=1.0)
     changed = [name for name in BASE if not torch.equal(merged[name], BASE[name])]
     assert changed == ["visual.mlp.c_fc.bias"]
-    steps = mp.plan(BASE, TASKS, purify="pact", options={"pact": {"scope": "*c_fc*"}}).steps
-    assert [step.name for step in steps if step.purify] == ["visual.mlp.c_fc.weight"]
+    steps = mp.Merged(BASE, TASKS, purify="pact", options={"pact": {"scope": "*c_fc*"}}).steps
+    assert [name for name, step in steps.items() if step.purify] == ["visual.mlp.c_fc.weight"]
 
 
 def test_weights_multiply_task_vectors():
     merged = mp.merge(BASE, TASKS, weights=[1, 0.5, 0], scale=1.0)
-    name = "visual.proj"
+    name = PROJ
     expected = TASKS[0][name] + 0.5 * (TASKS[1][name] - BASE[name])
     assert torch.allclose(merged[name], expected, atol=1e-6)
     named = dict(zip("cab", TASKS, strict=True))
     by_name = mp.merge(BASE, named, weights={"b": 0, "a": 0.5, "c": 1}, scale=1.0)
     in_order = mp.merge(BASE, named, weights=[1, 0.5, 0], scale=1.0)
-    assert all(torch.equal(by_name[n], in_order[n]) for n in BASE)
+    assert same(by_name, in_order)
     assert torch.allclose(by_name[name], merged[name], atol=1e-6)
 
 
@@ -537,19 +128,19 @@ def test_own_functions():
         assert W0.shape == D.shape[1:]
         return D / 2
 
-    delta = mp.merged_delta(BASE, TASKS, rule=largest, purify=[halved, "pact"])
     name = "visual.mlp.c_fc.weight"
-    D = torch.stack([task[name] - BASE[name] for task in TASKS])
-    assert torch.allclose(delta[name], mp.pact(BASE[name], D / 2).amax(0), atol=1e-6)
-    again = mp.merged_delta(
-        BASE, TASKS, rule=mp.iso_cts, purify="pact"
-    )  # named like a registered rule
-    assert torch.equal(
-        again[name], mp.merged_delta(BASE, TASKS, rule="iso_cts", purify="pact")[name]
-    )
-    assert mp.plan(BASE, TASKS, rule=mp.iso_cts).scale == 1.0
-    with pytest.raises(mp.MergeError, match=r"<lambda> returned the shape"):
+    merged = mp.Merged(BASE, TASKS, rule=largest, purify=[halved, "pact"], scale=1.0)
+    D = differences(name)
+    assert torch.allclose(merged.delta(name), mp.pact(BASE[name], D / 2).amax(0), rtol=0, atol=1e-6)
+    assert merged.steps[name].treatment == "halved > pact > largest"
+    assert mp.Merged(BASE, TASKS, rule=largest).scale == 1.0
+    assert "largest has no recommended value" in mp.Merged(BASE, TASKS, rule=largest).notes[0]
+    with pytest.raises(
+        mp.MergeError, match=r"'visual.mlp.c_fc.weight': <lambda> returned the shape"
+    ):
         mp.merge(BASE, TASKS, rule=lambda D: D[0, 0])
+    with pytest.raises(mp.MergeError, match="<lambda> returned float, not a tensor"):
+        mp.merge(BASE, TASKS, rule=lambda D: 1.0)
 
 
 def test_dtypes():
@@ -565,9 +156,9 @@ def test_dtypes():
     assert wide["visual.steps"].dtype == torch.int64
     assert torch.equal(wide["visual.proj"].bfloat16(), merged["visual.proj"])
     double = {name: x.double() if x.is_floating_point() else x for name, x in BASE.items()}
-    assert mp.merged_delta(double, TASKS)["visual.proj"].dtype == torch.float64
-    for function in MATRIX_RULES:
-        assert function(normal(3, 8, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert mp.Merged(double, TASKS).delta("visual.proj").dtype == torch.float64
+    for function in (mp.tsv_m, mp.iso_c, mp.iso_cts):
+        assert function(single(3, 8, 6).bfloat16()).dtype == torch.bfloat16
 
 
 def test_dare_masks_depend_on_names_only():
@@ -582,22 +173,397 @@ def test_dare_masks_depend_on_names_only():
     assert not torch.equal(other["visual.proj"], alone["visual.proj"])
 
 
-def test_unchanged_tensors_are_copied_and_scales_are_recommended():
-    frozen = [task | {"visual.proj": BASE["visual.proj"].clone()} for task in TASKS]
+def test_unchanged_tensors_are_copied():
+    frozen = [task | {PROJ: BASE[PROJ].clone()} for task in TASKS]
     merged = mp.merge(BASE, frozen, rule="iso_c", purify="pact")
-    assert torch.equal(merged["visual.proj"], BASE["visual.proj"])
-    assert mp.plan(BASE, TASKS).scale == 0.3
-    assert mp.plan(BASE, TASKS, options={"task_arithmetic": {"reduce": "mean"}}).scale == 1.0
-    assert mp.plan(BASE, TASKS, rule="iso_cts").scale == 1.5
-    assert "sweep" not in "".join(mp.plan(BASE, TASKS, scale=1).notes)
-    assert "no value is published behind pact" in mp.plan(BASE, TASKS, purify="pact").notes[0]
+    assert torch.equal(merged[PROJ], BASE[PROJ])
+    assert merged[PROJ].data_ptr() != BASE[PROJ].data_ptr()
 
 
-def test_progress_and_streaming():
+def test_scales_are_recommended():
+    assert mp.Merged(BASE, TASKS).scale == 0.3
+    assert mp.Merged(BASE, TASKS, options={"task_arithmetic": {"reduce": "mean"}}).scale == 1.0
+    assert mp.Merged(BASE, TASKS, rule="iso_cts").scale == 1.5
+    assert mp.Merged(BASE, TASKS, scale=1).notes == ()
+    assert "no value is published behind pact" in mp.Merged(BASE, TASKS, purify="pact").notes[0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"), [("task_arithmetic", {}), ("ties", {"density": 1.0}), ("tsv_m", {})]
+)
+@pytest.mark.parametrize("purify", [[], ["pact"], ["dare"]])
+def test_one_task_comes_back(rule: str, options: dict[str, float], purify: list[str]):
+    merged = mp.merge(
+        BASE, TASKS[:1], rule=rule, purify=purify, scale=1.0,
+        options={rule: options} | ({"dare": {"p": 0.0}} if purify == ["dare"] else {}),
+    )  # fmt: skip
+    for name, x in TASKS[0].items():
+        assert torch.allclose(merged[name], x, atol=1e-5), name
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("purify", [[], ["pact"], ["sift", "dare"], ["pact", "dare"]])
+def test_named_tasks_merge_alike_in_any_order_bit_for_bit(rule: str, purify: list[str]):
+    named = dict(zip("abc", TASKS, strict=True))
+    first, second = (
+        mp.merge(BASE, {name: named[name] for name in order}, rule=rule, purify=purify, scale=1.0)
+        for order in ("abc", "cab")
+    )
+    assert same(first, second)
+
+
+# ---- Vectors and scale ---------------------------------------------------------------------------
+
+SMALL = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.ones(2)}
+# The tasks' matrices add up to diag(2, 4), so Iso-C makes 3 * identity of them.
+TWO = [
+    {"w": SMALL["w"] + torch.diag(torch.tensor([2.0, 0.0])), "b": torch.tensor([2.0, 1.0])},
+    {"w": SMALL["w"] + torch.diag(torch.tensor([0.0, 4.0])), "b": torch.tensor([4.0, -1.0])},
+]
+UPDATES = {"task_arithmetic": [[2.0, 0.0], [0.0, 4.0]], "iso_c": [[3.0, 0.0], [0.0, 3.0]]}
+# The biases change by [1, 0] and [3, -2]: the sum is [4, -2], the mean [2, -1]; the scale is 1/4.
+BIASES = [
+    ("task_arithmetic", (), "rule", [1.0, -0.5]),
+    ("task_arithmetic", (), "mean", [2.0, -1.0]),
+    ("task_arithmetic", (), "copy", [0.0, 0.0]),
+    ("task_arithmetic", (), 0.75, [3.0, -1.5]),
+    ("task_arithmetic", (), "auto", [1.0, -0.5]),
+    ("task_arithmetic", ("pact",), "rule", [1.0, -0.5]),
+    ("task_arithmetic", ("pact",), "mean", [2.0, -1.0]),
+    ("task_arithmetic", ("pact",), "copy", [0.0, 0.0]),
+    ("task_arithmetic", ("pact",), 0.75, [3.0, -1.5]),
+    ("task_arithmetic", ("pact",), "auto", [2.0, -1.0]),
+    ("iso_c", (), "rule", [0.5, -0.25]),
+    ("iso_c", (), "mean", [2.0, -1.0]),
+    ("iso_c", (), "copy", [0.0, 0.0]),
+    ("iso_c", (), 0.75, [3.0, -1.5]),
+    ("iso_c", (), "auto", [2.0, -1.0]),
+    ("iso_c", ("pact",), "rule", [0.5, -0.25]),
+    ("iso_c", ("pact",), "auto", [2.0, -1.0]),
+]
+
+
+@pytest.mark.parametrize(("rule", "purify", "vectors", "bias"), BIASES)
+def test_vectors_by_hand(rule: str, purify: tuple[str, ...], vectors, bias: list[float]):
+    options = {"pact": {"strength": 0.0}} if purify else {}  # so that matrices stay simple
+    recipe = {"rule": rule, "purify": purify, "vectors": vectors, "options": options}
+    merged = mp.merge(SMALL, TWO, scale=0.25, **recipe)
+    assert torch.equal(merged["b"], 1 + torch.tensor(bias))
+    update = 0.25 * torch.tensor(UPDATES[rule])
+    assert torch.allclose(merged["w"], SMALL["w"] + update, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "purify", "tasks", "scale", "decided"),
+    [
+        ("task_arithmetic", [], 3, 0.5, "rule"),
+        ("ties", [], 3, 0.5, "rule"),
+        ("ties", ["dare"], 3, 0.5, "rule"),
+        ("task_arithmetic", ["pact"], 3, 0.5, "mean"),
+        ("ties", ["dare", "sift"], 3, 0.5, "mean"),
+        ("tsv_m", [], 3, 0.5, "mean"),
+        ("iso_c", ["dare"], 2, None, "mean"),
+        ("iso_c", ["dare"], 1, 0.5, "rule"),
+        ("task_arithmetic", ["pact"], 1, 0.5, "rule"),
+        ("task_arithmetic", ["pact"], 3, -0.5, "rule"),
+        ("tsv_m", [], 3, -0.5, "rule"),
+        (lambda D: D.sum(0), [], 3, 0.5, "mean"),
+        ("task_arithmetic", [lambda W0, D: D], 3, 0.5, "mean"),
+    ],
+)
+def test_auto_decides(rule, purify: list, tasks: int, scale: float | None, decided: str):
+    recipe = {"rule": rule, "purify": purify, "scale": scale}
+    merged = mp.Merged(BASE, TASKS[:tasks], **recipe)
+    assert merged.recipe.vectors == decided
+    assert same(merged, mp.Merged(BASE, TASKS[:tasks], **recipe, vectors=decided))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("purify", [[], ["pact"], ["sift"], ["dare"], ["dare", "pact"]])
+def test_scale_zero_gives_the_base_to_the_byte(rule: str, purify: list[str]):
+    base = BASE | {"zeros": torch.tensor([-0.0, 0.0])}
+    tasks = [task | {"zeros": torch.tensor([0.0, 1.0])} for task in TASKS]
+    for vectors in VECTORS:
+        still = mp.merge(base, tasks, rule=rule, purify=purify, scale=0.0, vectors=vectors)
+        assert list(still) == list(base)
+        for name, x in base.items():
+            assert still[name].numpy().tobytes() == x.numpy().tobytes()
+            assert still[name].data_ptr() != x.data_ptr()
+
+
+def test_a_bias_is_unaffected_by_the_scale_under_mean():
+    biases = [mp.merge(BASE, TASKS, rule="tsv_m", scale=scale)[BIAS] for scale in (0.1, 1.0, 7.0)]
+    assert torch.equal(biases[0], biases[1])
+    assert torch.equal(biases[0], biases[2])
+    assert torch.allclose(biases[0], BASE[BIAS] + differences(BIAS).mean(0), atol=1e-6)
+
+
+def test_ties_trims_over_the_whole_model():
+    D = torch.stack([flat(task) - flat(BASE) for task in TASKS])
+    merged = mp.Merged(BASE, TASKS, rule="ties", scale=1.0)
+    found = {name: merged.delta(name) for name in BASE if name != "visual.steps"}
+    assert torch.equal(flat(found), mp.ties(D))
+    by_tensor = {"options": {"ties": {"scope": "tensor"}}, "scale": 1.0}
+    local = mp.Merged(BASE, TASKS, rule="ties", **by_tensor)
+    assert torch.equal(local.delta(PROJ), mp.ties(differences(PROJ)))
+    assert not torch.equal(local.delta(PROJ), merged.delta(PROJ))
+
+
+@pytest.mark.parametrize("vectors", ["mean", "copy", 0.5])
+def test_ties_trims_over_what_it_treats_only(vectors: str | float):
+    """Vectors that are treated apart do not take part in the share of entries that stay."""
+    louder = [task | {BIAS: BASE[BIAS] + 100 * single(24, seed=i)} for i, task in enumerate(TASKS)]
+    merged = mp.Merged(BASE, louder, rule="ties", vectors=vectors, scale=1.0)
+    matrices = [name for name, step in merged.steps.items() if step.kind.startswith("matrix")]
+    D = torch.cat([differences(name).flatten(1) for name in matrices], dim=1)
+    found = torch.cat([merged.delta(name).flatten() for name in matrices])
+    assert torch.equal(found, mp.ties(D))
+
+
+def test_a_model_of_vectors_alone_merges():
+    base = {"b": torch.zeros(4)}
+    tasks = [{"b": torch.tensor([1.0, 2.0, 3.0, 4.0])}, {"b": torch.tensor([3.0, 0.0, 1.0, 0.0])}]
+    for rule in ("ties", "tsv_m", "task_arithmetic"):
+        merged = mp.merge(base, tasks, rule=rule, scale=0.5, vectors="mean")
+        assert merged["b"].tolist() == [2.0, 1.0, 2.0, 2.0]
+
+
+# ---- The merged model as a mapping ---------------------------------------------------------------
+
+
+class Closed(dict):
+    """A state dict of known shapes whose weights must not be read yet."""
+
+    def meta(self, name: str) -> Tensor:
+        return dict.__getitem__(self, name).to("meta")
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise AssertionError(f"'{name}' was read")
+
+
+def counted() -> tuple[Callable[[Tensor], Tensor], list[torch.Size]]:
+    """A rule, and the shapes that it was called with."""
+    shapes: list[torch.Size] = []
+
+    def rule(D: Tensor) -> Tensor:
+        shapes.append(D.shape[1:])
+        return D.sum(0)
+
+    return rule, shapes
+
+
+MATRICES = [x.shape for name, x in BASE.items() if mp.default_policy(name, x)[:6] == "matrix"][:3]
+
+
+def test_a_mapping_with_the_names_of_the_base():
+    merged = mp.Merged(BASE, TASKS)
+    assert list(merged) == list(BASE)
+    assert len(merged) == len(BASE)
+    assert PROJ in merged
+    assert "other" not in merged
+    with pytest.raises(KeyError):
+        merged["other"]
+    assert same(dict(merged), mp.merge(BASE, TASKS))
+    assert merged.base is BASE
+    assert list(merged.tasks) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_weight_is_read_before_it_is_asked_for(rule: str):
+    closed = Closed(BASE), [Closed(task) for task in TASKS]
+    merged = mp.Merged(*closed, rule=rule, purify=["pact", "dare"], dtype="bfloat16")
+    for name, x in BASE.items():
+        meta = merged.at(0.5).meta(name)
+        assert (meta.device.type, meta.shape) == ("meta", x.shape)
+        assert meta.dtype == (torch.bfloat16 if x.is_floating_point() else x.dtype)
+        assert name in merged
+    with pytest.raises(AssertionError, match="was read"):
+        merged[PROJ]
+
+
+def test_a_merge_of_merges_reads_nothing_at_first():
+    inner = mp.Merged(Closed(BASE), [Closed(task) for task in TASKS])
+    mp.Merged(inner, {"a": inner.at(0.1), "b": inner.at(0.7)}, rule="iso_c")
+
+
+def test_functions_of_the_caller_see_real_tensors_only():
+    rule, shapes = counted()
+    mp.merge(BASE, TASKS, rule=rule, purify=lambda W0, D: D)
+    assert shapes == MATRICES
+
+
+def test_parts_make_the_whole():
+    merged = mp.Merged(BASE, TASKS, rule="tsv_m", scale=0.7)
+    for name, x in BASE.items():
+        base, delta, factor = merged.parts(name)
+        assert base is x
+        assert torch.equal(tensors.add_update(name, base, delta, factor), merged[name])
+    assert merged.parts(PROJ)[2] == 0.7
+    assert merged.parts(BIAS)[2] == 1.0
+    assert merged.parts("visual.steps")[1] is None
+    assert torch.equal(merged.delta(PROJ), 0.7 * merged.parts(PROJ)[1])
+    assert merged.at(0).delta(PROJ) is None
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("purify", [[], ["pact"], ["dare", "pact"]])
+@pytest.mark.parametrize("vectors", VECTORS)
+def test_any_scale_is_one_computation_away(rule: str, purify: list[str], vectors: str | float):
+    kept = {name: x.clone() for name, x in BASE.items()}
+    recipe = {"rule": rule, "purify": purify, "vectors": vectors}
+    lazy = mp.Merged(BASE, TASKS, **recipe)
+    for scale in (1.7, -0.8):
+        swept = lazy.at(scale)
+        assert swept.scale == swept.recipe.scale == scale
+        assert same(swept, mp.merge(BASE, TASKS, scale=scale, **recipe))
+        assert same(swept, lazy.at(scale)), "what is kept is what was found"
+    assert same(lazy.at(0.0), BASE)
+    assert same(kept, BASE)
+
+
+def test_siblings_share_what_is_computed_once():
+    rule, shapes = counted()
+    lazy = mp.Merged(BASE, TASKS, rule=rule, scale=1.0)
+    dict(lazy)
+    assert shapes == MATRICES
+    first, second = lazy.at(0.5), lazy.at(2.0)
+    assert shapes == MATRICES, "nothing is computed before it is asked for"
+    del shapes[:]
+    for merged in (first, second, first.at(3.0), lazy, first):
+        dict(merged)
+    assert shapes == MATRICES
+    dict(lazy.at(-1.0))  # here vectors are treated otherwise, and so all is computed again
+    assert shapes == 2 * MATRICES
+    assert (lazy.scale, lazy.recipe.vectors) == (1.0, "mean")
+    assert same(second, mp.merge(BASE, TASKS, rule=rule, scale=2.0))
+
+
+def test_a_merge_knows_its_scale():
+    lazy = mp.Merged(BASE, TASKS, rule="tsv_m")
+    assert lazy.notes
+    other = lazy.at(-2)
+    assert (other.scale, other.recipe.vectors, other.notes) == (-2.0, "rule", ())
+    assert other.at(2).recipe.vectors == "mean"
+    assert other.steps[BIAS].treatment == "mean"
+    for scale in (math.nan, math.inf, "1", None):
+        with pytest.raises(mp.MergeError, match="scale"):
+            lazy.at(scale)
+
+
+def test_a_merge_is_a_task_of_another():
+    inner = mp.Merged(BASE, TASKS[:2], rule="tsv_m", scale=0.8)
+    outer = mp.Merged(BASE, {"pair": inner, "third": TASKS[2]}, rule="iso_c")
+    plain = mp.Merged(BASE, {"pair": dict(inner), "third": TASKS[2]}, rule="iso_c")
+    for name in BASE:
+        assert torch.allclose(outer[name], plain[name], atol=1e-5)
+
+
+def test_a_merge_with_this_base_gives_its_own_difference():
+    """It is more exact than subtracting rounded weights."""
+    base = {"w": torch.full((4, 4), 256.0).bfloat16(), "b": torch.zeros(1)}
+    task = {"w": base["w"].float() + 0.25 * torch.eye(4), "b": torch.ones(1)}
+    inner = mp.Merged(base, [task], scale=1.0)
+    assert torch.equal(inner["w"], base["w"]), "lost in rounding"
+    D = tensors.task_matrices("w", base, {"a": inner})
+    assert torch.equal(D[0], 0.25 * torch.eye(4))
+    assert torch.equal(mp.merge(base, [inner], scale=16.0)["w"].diag(), base["w"].diag() + 4)
+
+
+def test_a_merge_with_another_base_is_subtracted():
+    other = {n: x + 1 if x.is_floating_point() else x for n, x in BASE.items()}
+    inner = mp.Merged(other, [small_model(7, other)], scale=1.0)
+    back = mp.merge(BASE, [inner], scale=1.0)
+    assert all(torch.allclose(back[name], inner[name], atol=1e-5) for name in BASE)
+
+
+def test_a_merge_is_a_base_of_another():
+    inner = mp.Merged(BASE, TASKS[:2], scale=0.5)
+    outer = mp.merge(inner, [TASKS[2]], scale=1.0)
+    assert all(torch.allclose(outer[name], TASKS[2][name], atol=1e-5) for name in BASE)
+
+
+def test_a_merge_saves_like_a_state_dict(tmp_path: Path):
+    merged = mp.Merged(BASE, TASKS, rule="tsv_m", purify="pact", dtype=torch.float16)
+    mp.save_checkpoint(tmp_path / "merged.safetensors", merged)
+    assert same(mp.open_checkpoint(tmp_path / "merged.safetensors"), merged)
+
+
+def test_a_merge_loads_into_a_module():
+    def module(seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(
+            torch.nn.Linear(4, 3), torch.nn.LayerNorm(3), torch.nn.BatchNorm1d(3)
+        )
+
+    base, *tasks = (module(seed).state_dict() for seed in (0, 1, 2))
+    merged = mp.Merged(base, tasks)
+    loaded = module(3)
+    loaded.load_state_dict(dict(merged))
+    assert same(loaded.state_dict(), merged)
+
+
+def test_progress():
     seen = []
-    stream = mp.merge_iter(BASE, TASKS, progress=lambda *step: seen.append(step))
-    assert dict(stream).keys() == BASE.keys()
-    assert seen[-1] == (len(BASE), len(BASE), list(BASE)[-1])
+    merged = mp.merge(BASE, TASKS, progress=lambda *step: seen.append(step))
+    assert seen == [(i, len(BASE), name) for i, name in enumerate(BASE, start=1)]
+    assert list(merged) == list(BASE)
+
+
+# ---- Sweeps --------------------------------------------------------------------------------------
+
+
+def nearness(target: float) -> Callable[[Mapping[str, Tensor]], float]:
+    """A score of models between the base, at 0, and the sum of all tasks, at 1."""
+    whole = mp.merge(BASE, TASKS, scale=1.0)[PROJ] - BASE[PROJ]
+
+    def score(model: Mapping[str, Tensor]) -> float:
+        reached = (model[PROJ] - BASE[PROJ]).norm() / whole.norm()
+        return -abs(round(float(reached), 3) - target)
+
+    return score
+
+
+def test_a_sweep_finds_the_best_scale():
+    told = []
+    lazy = mp.Merged(BASE, TASKS)
+    found = mp.sweep(lazy, nearness(0.4), [0.1, 0.4, 0.9], progress=lambda *x: told.append(x))
+    assert found.scale == found.merged.scale == 0.4
+    assert list(found.scores) == [0.1, 0.4, 0.9]
+    assert found.scores[0.9] == pytest.approx(-0.5)
+    assert [step[:2] for step in told] == [(1, 3), (2, 3), (3, 3)]
+    assert told[0][2] == "scale 0.1: -0.3"
+    assert same(found.merged, mp.merge(BASE, TASKS, scale=0.4))
+
+
+@pytest.mark.parametrize("order", itertools.permutations([-0.5, 1.5, 1.0, 0.5]))
+def test_of_equal_scores_the_smaller_scale_wins(order: tuple[float, ...]):
+    scores = {-0.5: 0.0, 0.5: 1.0, 1.0: 1.0, 1.5: 1.0}
+    lazy = mp.Merged(BASE, TASKS)
+    assert mp.sweep(lazy, lambda model: scores[model.scale], order).scale == 0.5
+    assert abs(mp.sweep(lazy, lambda model: 0.0, order).scale) == 0.5
+
+
+def test_every_scale_is_tried_once():
+    rule, shapes = counted()
+    tried = []
+
+    def score(model: mp.Merged) -> float:
+        tried.append(model.scale)
+        return float(sum(model[name].float().sum() for name in model))
+
+    found = mp.sweep(mp.Merged(BASE, TASKS, rule=rule), score, iter([1, 0.5, 1.0, 0.5, 2.0]))
+    assert tried == list(found.scores) == [1.0, 0.5, 2.0]
+    assert shapes == MATRICES, "merged once"
+
+
+def test_bad_sweeps():
+    lazy = mp.Merged(BASE, TASKS)
+    with pytest.raises(mp.MergeError, match="the score at scale 0.5 is NaN"):
+        mp.sweep(lazy, lambda model: math.nan if model.scale == 0.5 else 1.0, [0.1, 0.5])
+    with pytest.raises(mp.MergeError, match="no scale to try"):
+        mp.sweep(lazy, lambda model: 1.0, [])
+    with pytest.raises(mp.MergeError, match="scale"):
+        mp.sweep(lazy, lambda model: 1.0, [math.inf])
 
 
 # ---- Bad input -----------------------------------------------------------------------------------
@@ -648,8 +614,6 @@ def test_all_problems_are_told_at_once():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"rule": "pact"}, "rule 'pact' is unknown"),
-        ({"purify": "ties"}, "purifier 'ties' is unknown"),
         ({"options": {"ties": {}}}, "options for 'ties', which is not used"),
         ({"scale": 1e39}, "float32's range"),
         ({"options": {"task_arithmetic": {"lambda": 1}}}, "option 'lambda'"),
@@ -675,9 +639,20 @@ def test_all_problems_are_told_at_once():
         ({"rule": "iso_c", "options": {"iso_c": {"mean_over": "some"}}}, "mean_over 'some'"),
         ({"include": "nothing*"}, "include 'nothing.*' matches no"),
         ({"scale": math.nan}, "scale"),
+        ({"scale": "1"}, "scale '1' must be a number"),
+        ({"vectors": "all"}, "vectors 'all' is unknown: use 'auto'"),
+        ({"vectors": None}, "vectors None must be a number"),
+        ({"vectors": math.inf}, "vectors inf must be"),
+        ({"dtype": torch.int8}, "dtype 'int8' is no floating-point type"),
+        ({"seed": 0.5}, "seed 0.5 must be a whole number"),
         ({"weights": [1, 2]}, "weights"),
         ({"weights": {"x": 1}}, "weights"),
+        ({"weights": [1, 2, math.nan]}, "weights: '2' nan must be a number"),
+        ({"weights": [1, 2, "x"]}, "weights: '2' 'x' must be a number"),
         ({"policy": lambda name, x: "tensor"}, "'tensor' is unknown"),
+        ({"policy": {"*.proj": "tensor"}}, "policy 'tensor' is unknown"),
+        ({"policy": {"*.projection": "copy"}}, r"policy '\*.projection' matches no"),
+        ({"policy": {"*.bias": "matrix"}}, r"policy: '.*bias' of shape \(24,\) cannot be a matrix"),
         ({"policy": lambda name, x: "matrix"}, "cannot be a matrix"),
     ],
 )
@@ -691,35 +666,6 @@ def test_zero_base_under_pact_names_the_tensor_and_the_way_out():
     with pytest.raises(mp.MergeError, match=r"'visual.mlp.c_fc.weight', pact: .*exclude"):
         mp.merge(zero, TASKS, purify="pact")
     mp.merge(zero, TASKS, purify="pact", options={"pact": {"core": 0}}, scale=1.0)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda W0, D: mp.pact(W0, D[0]), r"\[T, m, n\]"),
-        (lambda W0, D: mp.pact(W0.mT, D), "does not fit"),
-        (lambda W0, D: mp.pact(W0, D, strength=2), "strength"),
-        (lambda W0, D: mp.pact(W0 * math.nan, D), "NaN"),
-        (lambda W0, D: mp.pact(0 * W0, D), "pre-trained weight is zero"),
-        (lambda W0, D: mp.pact(W0, D, core=31), "does not fit a matrix"),
-        (lambda W0, D: mp.shield_basis(W0, D, 4), "j=4"),
-        (lambda W0, D: mp.tsv_m(D.long()), "floating-point"),
-        (lambda W0, D: mp.iso_c(D[:0]), r"\[T, m, n\]"),
-    ],
-)
-def test_bad_tensors(call, message: str):
-    with pytest.raises(mp.MergeError, match=message):
-        call(*problem())
-
-
-class Closed(dict):
-    """A state dict of known shapes whose weights must not be read yet."""
-
-    def meta(self, name: str) -> Tensor:
-        return dict.__getitem__(self, name).to("meta")
-
-    def __getitem__(self, name: str) -> Tensor:
-        raise AssertionError(f"'{name}' was read")
 
 
 @pytest.mark.parametrize(
@@ -739,24 +685,7 @@ class Closed(dict):
 )
 def test_options_out_of_range_show_before_any_weight_is_read(recipe: dict, message: str):
     with pytest.raises(mp.MergeError, match=message):
-        mp.plan(Closed(BASE), [Closed(task) for task in TASKS], **recipe)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_a_plan_reads_no_weight(rule: str):
-    mp.plan(Closed(BASE), [Closed(task) for task in TASKS], rule=rule, purify=["pact", "dare"])
-
-
-def test_functions_of_the_caller_see_real_tensors_only():
-    shapes: list[torch.Size] = []
-
-    def rule(D: Tensor) -> Tensor:
-        shapes.append(D.shape[1:])
-        return D.sum(0)
-
-    mp.merge(BASE, TASKS, rule=rule, purify=lambda W0, D: D)
-    matrices = [x.shape for name, x in BASE.items() if mp.default_policy(name, x)[:6] == "matrix"]
-    assert shapes == [shape for shape in shapes if shape in matrices]
+        mp.Merged(Closed(BASE), [Closed(task) for task in TASKS], **recipe)
 
 
 @pytest.mark.parametrize("recipe", [{"options": {"ties": {"scope": "tensor"}}}, {"purify": "dare"}])
@@ -781,9 +710,13 @@ def test_what_is_excluded_may_be_infinite():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"rule": mp.tsv_m, "options": {"tsv_m": {"rank": 1}}}, "'tsv_m', which is not used"),
-        ({"purify": mp.pact, "options": {"pact": {"core": 1}}}, "'pact', which is not used"),
-        ({"purify": "pact", "options": {"pact": {"scope": 3}}}, "scope '3' matches no tensor"),
+        ({"rule": mp.tsv_m, "options": {"iso_c": {}}}, "'iso_c', which is not used"),
+        ({"purify": mp.sift, "options": {"pact": {"core": 1}}}, "'pact', which is not used"),
+        (
+            {"purify": "pact", "options": {"pact": {"scope": 3}}},
+            "pact scope must be a glob .* not 3",
+        ),
+        ({"include": 3}, "include must be a glob of tensor names or several, not 3"),
         (
             {"purify": "pact", "options": {"pact": {"core": None}}},
             "^pact: rank 'none' does not fit",
@@ -793,11 +726,11 @@ def test_what_is_excluded_may_be_infinite():
 )
 def test_recipes_without_effect_are_refused(recipe: dict, message: str):
     with pytest.raises(mp.MergeError, match=message):
-        mp.plan(BASE, TASKS, **recipe)
+        mp.Merged(BASE, TASKS, **recipe)
 
 
 def test_large_weights_are_no_wrong_option():
-    mp.plan(BASE, TASKS, rule="tsv_m", weights=[1e38] * len(TASKS))
+    mp.Merged(BASE, TASKS, rule="tsv_m", weights=[1e38] * len(TASKS))
 
 
 def test_8_bit_floats_merge():
@@ -818,22 +751,244 @@ def test_overflow_of_the_output_is_told():
         mp.merge(half, [tuned], scale=2.0)
 
 
-def test_module_alone_works_with_torch_only(tmp_path: Path):
-    shutil.copy(Path(merging.__file__), tmp_path / "merging.py")
-    script = (
-        "import sys; sys.modules['numpy'] = None; sys.modules['safetensors'] = None\n"
-        "import torch, merging\n"
-        "base = {'w': torch.eye(8)}\n"
-        "tasks = [{'w': torch.eye(8) + torch.randn(8, 8)} for _ in range(3)]\n"
-        "print(merging.merge(base, tasks, rule='tsv_m', purify='pact')['w'].shape)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "torch.Size([8, 8])", done.stderr
+# ---- Surveys and processes -----------------------------------------------------------------------
 
 
-# ---- Plans in parts ------------------------------------------------------------------------------
+def spread(*, tasks: int, entries: int) -> Talk:
+    """Standard deviation of each task's entries over the model, by two passes over the stream."""
+    total = yield lambda D: D.double().reshape(tasks, -1).sum(1)
+    mean = total / entries
+
+    def squares(D: Tensor) -> Tensor:
+        return (D.double().reshape(tasks, -1) - mean[:, None]).square().sum(1)
+
+    return {"deviation": ((yield squares) / entries).sqrt()}
+
+
+def standardized(D: Tensor, *, deviation: Tensor) -> Tensor:
+    return (D / deviation.view(-1, *[1] * (D.ndim - 1))).sum(0).to(D)
+
+
+def single_sum(*, tasks: int, entries: int) -> Talk:
+    """In float32, where the order of summation shows."""
+    return {"total": (yield lambda D: D.sum().float())}
+
+
+def divided(D: Tensor, *, total: Tensor) -> Tensor:
+    return D.sum(0) / total
+
+
+STANDARDIZED = mp.Method(
+    "standardized", "rule", standardized, acts_on="entries", needs=("deviation",), survey=spread
+)
+DIVIDED = mp.Method(
+    "divided", "rule", divided, acts_on="tensor", needs=("total",), survey=single_sum
+)
+
+
+def test_a_survey_may_ask_for_the_stream_again():
+    D = torch.stack([flat(task) - flat(BASE) for task in TASKS])
+    expected = (D / D.double().std(dim=1, correction=0)[:, None]).sum(0).float()
+    merged = mp.Merged(BASE, TASKS, rule=STANDARDIZED, vectors="rule", scale=1.0)
+    found = {name: merged.delta(name) for name in BASE if name != "visual.steps"}
+    assert torch.allclose(flat(found), expected, rtol=1e-5)
+
+
+def test_a_survey_sees_what_the_purifiers_left():
+    names = [name for name in BASE if name.startswith("visual.mlp.c") and "bias" not in name]
+    D = torch.cat([mp.sift(BASE[n], differences(n)).flatten(1) for n in names], dim=1)
+    merged = mp.Merged(BASE, TASKS, rule=STANDARDIZED, purify="sift", include=names, scale=1.0)
+    expected = (D / D.double().std(dim=1, correction=0)[:, None]).sum(0).float()
+    found = torch.cat([merged.delta(name).flatten() for name in names])
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_purifier_surveys_matrices_the_way_it_sees_them():
+    def shapes(*, tasks: int, entries: int) -> Talk:
+        return {"rows": (yield lambda D: torch.tensor(D.shape[1]))}
+
+    def checked(W0: Tensor, D: Tensor, *, tuned: Tensor, rows: Tensor) -> Tensor:
+        assert D.shape[1] == rows == 12, "transposed: W [16, 12] is used as x @ W"
+        assert torch.allclose(tuned - W0, D, atol=1e-6)
+        return D
+
+    needs = ("base", "tuned", "rows")
+    method = mp.Method("checked", "purifier", checked, needs=needs, survey=shapes)
+    dict(mp.Merged(BASE, TASKS, purify=method, include=PROJ))
+
+
+def test_fine_tuned_weights_on_request():
+    def moved(W0: Tensor, D: Tensor, *, tuned: Tensor, share: float = 1.0) -> Tensor:
+        return share * (tuned - W0).sum(0)
+
+    method = mp.Method("moved", "rule", moved, acts_on="tensor", needs=("base", "tuned"))
+    assert method.options == {"share": 1.0}
+    found = mp.merge(BASE, TASKS, rule=method, scale=0.5, options={"moved": {"share": 2.0}})
+    expected = mp.merge(BASE, TASKS, scale=1.0)
+    assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in BASE)
+
+
+LARGE = {
+    "w": single(300, 1000, seed=1),
+    "b": single(5, seed=2),
+}  # w has more entries than one block
+LARGE_TASKS = [{n: x + 0.1 * single(*x.shape, seed=s) for n, x in LARGE.items()} for s in (3, 4)]
+
+
+def test_large_tensors_come_in_blocks_to_methods_on_entries():
+    shapes = []
+
+    def summed(D: Tensor) -> Tensor:
+        shapes.append(tuple(D.shape))
+        return D.sum(0)
+
+    method = mp.Method("summed", "rule", summed, acts_on="entries")
+    found = mp.merge(LARGE, LARGE_TASKS, rule=method, scale=0.3)
+    assert same(found, mp.merge(LARGE, LARGE_TASKS, scale=0.3))
+    assert shapes == [(2, 1 << 18), (2, 300_000 - (1 << 18)), (2, 5)]
+
+
+@pytest.mark.parametrize("need", ["base", "tuned", "generator", "generators"])
+def test_what_needs_more_than_entries_comes_whole(need: str):
+    """In blocks, random numbers would repeat and weights would not fit."""
+    shapes = []
+
+    def rule(*inputs: Tensor, **needed: object) -> Tensor:
+        shapes.append(tuple(inputs[-1].shape))
+        return inputs[-1].sum(0)
+
+    method = mp.Method("rule", "rule", rule, acts_on="entries", needs=(need,))
+    dict(mp.Merged(LARGE, LARGE_TASKS, rule=method))
+    assert shapes == [(2, 300, 1000), (2, 5)]
+
+
+class Exchange:
+    """What two processes tell each other, played by threads."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2, timeout=60)
+        self.shares: list[object] = [None, None]
+
+    def gather(self, rank: int) -> Callable[[object], list[object]]:
+        def exchange(share: object) -> list[object]:
+            self.shares[rank] = share
+            self.barrier.wait()
+            found = list(self.shares)
+            self.barrier.wait()
+            return found
+
+        return exchange
+
+
+def in_two_processes(parts: list[list[str]], base, tasks, **recipe) -> dict[str, Tensor]:
+    """The merge where each of two processes has the tensors of its part."""
+    exchange = Exchange()
+
+    def process(rank: int) -> dict[str, Tensor]:
+        merged = mp.Merged(base, tasks, **recipe)
+        merged.prepare(parts[rank], gather=exchange.gather(rank))
+        return dict(zip(parts[rank], merged.map(merged.__getitem__, parts[rank]), strict=True))
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(process, (0, 1))
+    return first | second
+
+
+@pytest.mark.parametrize("rule", ["ties", STANDARDIZED, DIVIDED, "tsv_m"])
+@pytest.mark.parametrize("purify", [[], ["pact", "dare"]])
+def test_processes_do_not_change_a_bit(rule, purify: list[str]):
+    names = list(BASE)
+    recipe = {"rule": rule, "purify": purify, "scale": 0.9, "vectors": "rule"}
+    alone = mp.merge(BASE, TASKS, **recipe)
+    for parts in ([names[::2], names[1::2]], [names[:1], names[1:]], [names, []]):
+        assert same(in_two_processes(parts, BASE, TASKS, **recipe), alone)
+
+
+def test_sums_over_processes_go_by_name():
+    """Numbers of very different size, whose sum in float32 depends on the order."""
+    numbers = random.Random(0)
+    names = [f"{i}.weight" for i in numbers.sample(range(100), 40)]
+    base = {name: torch.zeros(2, 2) for name in names}
+    task = {name: torch.full((2, 2), numbers.gauss(0, 1)) for name in names}
+    totals = [task[name].sum() for name in names]
+    assert sum(totals) != sum(totals[::2]) + sum(totals[1::2])
+    alone = mp.merge(base, [task], rule=DIVIDED)
+    for parts in ([names[::2], names[1::2]], [names[6:], names[:6]]):
+        assert same(in_two_processes(parts, base, [task], rule=DIVIDED), alone)
+
+
+def test_the_first_pass_runs_once():
+    passes = []
+
+    def survey(*, tasks: int, entries: int) -> Talk:
+        passes.append(entries)
+        yield lambda D: torch.zeros(1)
+        return {}
+
+    method = mp.Method("surveyed", "rule", lambda D: D.sum(0), acts_on="entries", survey=survey)
+    merged = mp.Merged(BASE, TASKS, rule=method)
+    del passes[:]
+    merged.prepare()
+    dict(merged)
+    dict(merged.at(0.5))
+    list(merged.map(merged.__getitem__, threads=2))
+    assert passes == [flat(BASE).numel()]
+
+
+# ---- Threads and streams -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [*RULES, STANDARDIZED, DIVIDED])
+def test_threads_do_not_change_a_bit(rule):
+    recipe = {"rule": rule, "purify": ["pact", "dare"], "scale": 1.0}
+    one, three = mp.merge(BASE, TASKS, **recipe), mp.merge(BASE, TASKS, **recipe, threads=3)
+    assert list(one) == list(three) == list(BASE)
+    assert same(one, three)
+
+
+def test_names_of_a_part_come_in_the_order_of_the_base():
+    merged = mp.Merged(BASE, TASKS)
+    assert list(merged.map(str.upper, [PROJ, BIAS])) == [BIAS.upper(), PROJ.upper()]
+    assert list(merged.map(str, [], threads=2)) == []
+
+
+@pytest.mark.parametrize(("room", "together"), [(math.inf, 3), (32, 2), (20, 1), (1, 1)])
+def test_tensors_in_work_fit_into_the_room(room: float, together: int):
+    names = [str(i) for i in range(9)]
+    barrier, running, most = threading.Lock(), set(), []
+
+    def work(name: str) -> str:
+        with barrier:
+            running.add(name)
+            most.append(len(running))
+        time.sleep(0.02)
+        with barrier:
+            running.remove(name)
+        return name
+
+    assert list(in_threads(work, names, 3, size=lambda _: 16, room=room)) == names
+    assert max(most) == together
+
+
+def test_an_early_end_does_not_wait_for_what_has_not_begun():
+    names = [str(i) for i in range(8)]
+    begun: list[str] = []
+
+    def work(name: str) -> str:
+        begun.append(name)
+        time.sleep(0.05)
+        return name
+
+    results: Iterator[str] = in_threads(work, names, 2)
+    assert next(results) == "0"
+    results.close()
+    assert len(begun) < len(names)
+
+
+def test_an_error_in_a_worker_comes_out():
+    spoilt = [task | {PROJ: torch.full((16, 12), math.nan)} for task in TASKS]
+    with pytest.raises(mp.MergeError, match=r"'visual\.proj' of task '0' holds NaN"):
+        mp.merge(BASE, spoilt, threads=2)
 
 
 class Recorded(dict):
@@ -847,91 +1002,14 @@ class Recorded(dict):
         self.asked.append(name)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_workers_do_not_change_a_bit(rule: str):
-    checked = mp.plan(BASE, TASKS, rule=rule, purify=["pact", "dare"], scale=1.0)
-    one, three = dict(checked.merged()), dict(checked.merged(mapper=mp.threads(3)))
-    assert list(one) == list(three) == list(BASE)
-    assert all(torch.equal(one[name], three[name]) for name in BASE)
-
-
-@pytest.mark.parametrize(("room", "together"), [(math.inf, 3), (32, 2), (20, 1), (1, 1)])
-def test_tensors_in_work_fit_into_the_room(room: float, together: int):
-    steps = [mp.Step(str(i), (4, 4), torch.float32, "matrix", (), "ties") for i in range(9)]
-    barrier, running, most = threading.Lock(), set(), []
-
-    def work(step: mp.Step) -> str:
-        with barrier:
-            running.add(step.name)
-            most.append(len(running))
-        time.sleep(0.02)
-        with barrier:
-            running.remove(step.name)
-        return step.name
-
-    assert list(mp.threads(3, room)(work, steps)) == [step.name for step in steps]
-    assert max(most) == together
-
-
-@pytest.mark.parametrize("block", [1, 7, 30, 64])
-def test_the_lower_triangle_of_a_gram_matrix_is_whole(block: int):
-    x = torch.randn(50, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(merging._gram(x, block).tril(), (x.mT @ x).tril(), atol=1e-12)
-
-
-def test_singular_vectors_wider_than_one_block():
-    x = torch.randn(300, 290, generator=torch.Generator().manual_seed(0))
-    u, s, v = merging._leading_svd(x, 290, "exact", None)
-    assert torch.allclose(s, torch.linalg.svdvals(x.double()), rtol=1e-8)
-    assert torch.allclose(u * s @ v.mT, x.double(), atol=1e-9)
-
-
-def test_an_early_end_does_not_wait_for_what_has_not_begun():
-    steps = [mp.Step(str(i), (), torch.float32, "vector", (), "mean") for i in range(8)]
-    begun: list[str] = []
-
-    def work(step: mp.Step) -> str:
-        begun.append(step.name)
-        time.sleep(0.05)
-        return step.name
-
-    merged = mp.threads(2)(work, steps)
-    assert next(merged) == "0"
-    merged.close()
-    assert len(begun) < len(steps)
-
-
-def test_an_error_in_a_worker_comes_out():
-    spoilt = [task | {"visual.proj": torch.full((16, 12), math.nan)} for task in TASKS]
-    with pytest.raises(mp.MergeError, match=r"'visual\.proj' of task '0' holds NaN"):
-        dict(mp.plan(BASE, spoilt).merged(mapper=mp.threads(2)))
-
-
-def test_parts_of_a_plan_add_up_to_the_whole():
-    checked = mp.plan(BASE, TASKS, rule="ties")
-    whole = dict(checked.merged())
-    parts = [list(BASE)[::2], list(BASE)[1::2]]
-    alone: list[Tensor] = []
-    next(checked.merged(combine=lambda counts: alone.append(counts) or counts))
-    firsts = [first_counts(checked, part) for part in parts]
-    assert torch.equal(sum(firsts), alone[0])
-    later = iter(alone)
-    merged = dict(checked.merged(names=parts[0], combine=lambda _: next(later)))
-    assert list(merged) == parts[0]
-    assert all(torch.equal(merged[name], whole[name]) for name in merged)
-
-
-def first_counts(checked: mp.Plan, part: list[str]) -> Tensor:
-    """What one process counts by itself in the first pass."""
-    seen: list[Tensor] = []
-    next(checked.merged(names=part, combine=lambda counts: seen.append(counts) or counts))
-    return seen[0]
-
-
-def test_mappings_hear_of_the_next_tensor():
+@pytest.mark.parametrize("threads", [None, 2])
+def test_mappings_hear_of_the_next_tensor(threads: int | None):
     base = Recorded(BASE)
-    dict(mp.plan(base, TASKS).merged())
-    assert base.asked == [*list(BASE)[1:], list(BASE)[-1]]
+    mp.merge(base, TASKS, threads=threads)
+    ahead = [*list(BASE)[1:], list(BASE)[-1]]
+    assert base.asked == ahead
+    mp.merge(mp.Merged(base, TASKS), TASKS[:1])
+    assert base.asked == 2 * ahead, "a merge passes it on"
 
 
 def test_parameters_merge_without_a_graph():
@@ -958,12 +1036,13 @@ def test_large_tensors_merge_in_blocks_as_in_one():
     assert torch.allclose(
         summed.float(), expected, rtol=0.005, atol=1e-6
     )  # half a step of bfloat16
-    wide = mp.merged_delta(base, tuned, weights=weights.tolist())["w"]
+    wide = mp.Merged(base, tuned, weights=weights.tolist(), scale=1.0).delta("w")
     assert torch.equal(wide, (D * weights[:, None, None]).sum(0))
     for scope in ("global", "tensor"):
-        delta = mp.merged_delta(base, tuned, rule="ties", options={"ties": {"scope": scope}})
-        assert torch.equal(delta["w"], mp.ties(D))
-    assert torch.equal(mp.merged_delta(base, tuned, rule="iso_c")["w"], mp.iso_c(D))
+        options = {"ties": {"scope": scope}}
+        merged = mp.Merged(base, tuned, rule="ties", options=options, scale=1.0)
+        assert torch.equal(merged.delta("w"), mp.ties(D))
+    assert torch.equal(mp.Merged(base, tuned, rule="iso_c", scale=1.0).delta("w"), mp.iso_c(D))
     tuned[1]["w"][-1, -1] = math.nan
     with pytest.raises(mp.MergeError, match="'w' of task '1' holds NaN"):
         mp.merge(base, tuned)

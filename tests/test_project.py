@@ -10,10 +10,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
+import torch
 import yaml
 
 import minipact
-from minipact import diagnostics, merging, parallel, statistics, task_vectors
+import minipact.methods
+import minipact.plain
+from helpers import small_model, tuned
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -84,35 +87,65 @@ def test_public_address_stands_in_one_place():
     assert holders <= {"_config.yml"}
 
 
-def test_public_names_are_exported_and_documented():
-    public = {name for name in minipact.__all__ if not name.startswith("_")}
+def test_public_names_are_documented_in_the_reference():
     reference = (ROOT / "book" / "reference.md").read_text()
-    for name in public:
-        assert re.search(rf"\b{name}\b", reference), name
+    for name in minipact.__all__:
         thing = getattr(minipact, name)
+        if not name.startswith("_"):
+            assert re.search(rf"\b{name}\b", reference), name
         if callable(thing):
             assert thing.__doc__, name
-    defined = {
-        node.name
-        for module in (merging, task_vectors, diagnostics, statistics, parallel)
-        for node in ast.parse(Path(module.__file__).read_text()).body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+
+
+def test_type_checkers_see_the_names_that_are_there():
+    tree = ast.parse((ROOT / "minipact" / "__init__.pyi").read_text())
+    told = {
+        alias.name: node.module
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     }
-    assert defined | {"METHODS"} == public
+    homes = {name: f"minipact.{room}" for name, room in minipact.HOMES.items()}
+    assert told == homes | {"__version__": "minipact.version"}
+    assert {*minipact.__all__} == {*told} <= {*dir(minipact)}
 
 
-def test_the_module_can_be_read_in_one_sitting():
-    assert len(Path(merging.__file__).read_text().splitlines()) <= 900
+def test_names_of_the_first_version_import_or_say_what_to_use():
+    first = (
+        "METHODS LBWMasks MergeError Method Step TaskVector ablate_subspace axis_profile "
+        "benjamini_hochberg cohens_d dare default_policy enrichment fisher hidden_interference "
+        "intrusion_energy iso_c iso_cts lbw_basis lbw_mask lbw_similarity merge merged_delta overwrite "
+        "pact permutation_test random_subspace shield_basis sift singular_task_interference "
+        "task_arithmetic task_vector ties tsv_compress tsv_decompress tsv_m __version__"
+    )
+    assert all(hasattr(minipact, name) for name in first.split())
+    for name in ("plan", "Plan", "merge_iter", "threads"):
+        with pytest.raises(AttributeError, match=f"minipact.{name} is gone since 0.2.0: use "):
+            getattr(minipact, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = minipact.nothing
 
 
-def test_module_imports_torch_only():
-    imported = set()
-    for node in ast.walk(ast.parse(Path(merging.__file__).read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add((node.module or "").split(".")[0])
-    assert imported - set(sys.stdlib_module_names) == {"torch"}
+def test_one_file_to_copy_is_the_same_everywhere():
+    texts = ["README.md", "CONTRIBUTING.md", "book/intro.md", "book/reference.md"]
+    assert all("minipact/plain.py" in (ROOT / text).read_text() for text in texts)
+    assert "Copy this file" in (minipact.plain.__doc__ or "")
+
+
+def test_the_method_of_a_stranger_in_the_reference_works(monkeypatch: pytest.MonkeyPatch):
+    text = (ROOT / "book" / "reference.md").read_text()
+    code = re.search(r"```python\n(import torch.*?)```", text, re.DOTALL)[1]
+    assert len(code.splitlines()) <= 20
+    monkeypatch.setattr(minipact.methods, "METHODS", dict(minipact.METHODS))
+    base = small_model(0)
+    tasks = [small_model(1, base), tuned(base, 2, 0.3)]
+    found = {"base": base, "tasks": tasks}
+    exec(code, found)
+    D = [minipact.task_vector(base, task) for task in tasks]
+    mean = sum(d.norm() for d in D) / 2
+    equal = [(mean / d.norm()) ** 0.5 * d for d in D]
+    expected = (equal[0] + equal[1]).apply_to(base, 0.4)
+    assert all(torch.allclose(found["merged"][n], x, atol=1e-5) for n, x in expected.items())
 
 
 def test_readme_table_agrees_with_the_leaderboard():

@@ -1,0 +1,297 @@
+"""What happens to each tensor of a merge, decided by names, shapes and options before any weight is read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipact.errors import MergeError, check_known, listing
+from minipact.methods import RANK_OPTIONS, SUPPLIED, Method, Options, find_method, parameters_of
+from minipact.recipe import KINDS_OF_TENSOR, Policy, Recipe, as_globs
+from minipact.tensors import State, States, meta_of
+
+Tasks = Sequence[State] | States
+Factors = Sequence[float] | Mapping[str, float] | None
+
+# ---- What happens to each tensor -----------------------------------------------------------------
+
+LOOKUP_TABLES = ("token_embedding", "embed_tokens", "word_embeddings", "wte.")
+GPT2_LAYERS = re.compile(r"(^|\.)h\.\d+\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
+
+
+def default_policy(name: str, tensor: Tensor) -> str:
+    """How a floating-point tensor is treated: "matrix", "matrix_T", "vector" or "copy".
+
+    Matrices are 2-D weights used as x @ W^T. "matrix_T" is stored the other way round, for x @ W (CLIP's
+    `visual.proj`, GPT-2's Conv1D layers): purifiers see it transposed. Vectors are all the rest: biases,
+    norms, convolutions, token tables, and `text_projection`, as published; so are positional embeddings
+    as matrices. Statistics of batch normalisation are copied: recompute them after merging.
+    """
+    if name.endswith(("running_mean", "running_var")):
+        return "copy"
+    if tensor.ndim != 2 or any(t in name for t in ("text_projection", *LOOKUP_TABLES)):
+        return "vector"
+    transposed = name == "proj" or name.endswith("visual.proj") or GPT2_LAYERS.search(name)
+    return "matrix_T" if transposed else "matrix"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens to one tensor.
+
+    Attributes:
+        name, shape, dtype: of the base's tensor.
+        kind: "matrix", "matrix_T", "vector" or "copy".
+        purify: names of the purifiers that act on it, in order.
+        rule: name of the rule; or "mean", "sum", "copy".
+        factor: what the rule's result is multiplied with; None is the scale of the merge.
+        spectral: whether a method for matrices acts on it, whose work grows faster than its entries.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: str
+    purify: tuple[str, ...]
+    rule: str
+    factor: float | None = None
+    spectral: bool = False
+
+    @property
+    def treatment(self) -> str:
+        """What is done, in words, such as "pact > tsv_m" or "mean, unscaled"."""
+        words = " > ".join([*self.purify, self.rule])
+        if self.factor is None:
+            return words
+        return f"{words}, unscaled" if self.factor == 1 else f"{self.factor:g} x {words}, unscaled"
+
+    @property
+    def entries(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A method with the options of this merge, and the tensors that a purifier is for."""
+
+    method: Method
+    options: Mapping[str, object]
+    scope: tuple[str, ...] = ("*",)
+
+    @property
+    def name(self) -> str:
+        """Of the method."""
+        return self.method.name
+
+    @property
+    def effective(self) -> dict[str, object]:
+        """All options, defaults too, as a recipe holds them."""
+        if self.method.kind != "purifier":
+            return dict(self.options)
+        return {**self.options, "scope": None if self.scope == ("*",) else self.scope}
+
+    def takes_blocks(self, answer: Mapping[str, Tensor]) -> bool:
+        """Whether a tensor may come in parts: by entries, once a survey told what is of the whole."""
+        alone = self.method.survey is None or bool(answer)
+        return self.method.acts_on == "entries" and alone and not {*SUPPLIED} & {*self.method.needs}
+
+    def clipped(self, shape: Sequence[int]) -> dict[str, object]:
+        """The function's options, with counts of directions cut to a small matrix' min(m, n)."""
+        options = self.taken_by(self.method.function)
+        for name in RANK_OPTIONS:
+            count = options.get(name)
+            if isinstance(count, int):
+                options[name] = min(count, *shape)
+        return options
+
+    def acts_on(self, name: str, kind: str) -> bool:
+        """Whether it acts on a tensor of this name and kind."""
+        fits = self.method.acts_on != "matrix" or kind.startswith("matrix")
+        return fits and kind != "copy" and _matches(name, self.scope)
+
+    def turns(self, kind: str) -> bool:
+        """Whether it sees tensors of this kind transposed: inputs are the columns of what it clears."""
+        method = self.method
+        return kind == "matrix_T" and (method.kind, method.acts_on) == ("purifier", "matrix")
+
+    def taken_by(self, function: Callable[..., object]) -> dict[str, Any]:
+        """Those options that a function has parameters for."""
+        parameters = parameters_of(function)
+        return {name: x for name, x in self.options.items() if name in parameters}
+
+
+# ---- Checks, and what follows from them ----------------------------------------------------------
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _refuse_idle_globs(globs: Iterable[str], names: Iterable[str], what: str) -> None:
+    """Each glob must match a name, so that a typo cannot pass silently."""
+    if idle := [glob for glob in globs if not any(fnmatchcase(name, glob) for name in names)]:
+        raise MergeError(f"{what} {listing(idle)} matches no tensor name of the base")
+
+
+def named_tasks(tasks: Tasks) -> dict[str, State]:
+    """Tasks by name: sorted where the caller named them, else numbered from '0'."""
+    pairs = sorted(tasks.items()) if isinstance(tasks, Mapping) else enumerate(tasks)
+    named = {str(name): task for name, task in pairs}
+    if not named or not all(isinstance(task, Mapping) for task in named.values()):
+        raise MergeError("tasks must be a list, or a mapping by name, of state dicts: at least one")
+    return named
+
+
+def refuse_mismatches(base: State, tasks: States) -> None:
+    """One message with everything that keeps the models from being compared."""
+    problems = [text for name, task in tasks.items() for text in mismatches(base, name, task)]
+    if problems:
+        raise MergeError("\n".join(problems))
+
+
+def mismatches(base: State, label: str, task: State) -> list[str]:
+    """What keeps a fine-tuned model from being compared with the base, one line each."""
+    if not isinstance(base, Mapping) or not base:
+        return ["the base must be a mapping name -> tensor with entries: pass model.state_dict()"]
+    problems = []
+    if missing := [name for name in base if name not in task]:
+        problems.append(f"task '{label}' lacks {listing(missing)}: is it tuned from this base?")
+    if extra := [name for name in task if name not in base]:
+        problems.append(f"task '{label}' has {listing(extra)}, unknown to the base: remove it")
+    for name in [name for name in base if name in task]:
+        x, y = meta_of(base, name), meta_of(task, name)
+        if (x.shape, x.is_floating_point()) != (y.shape, y.is_floating_point()):
+            given = f"{y.dtype} {tuple(y.shape)}, in the base {x.dtype} {tuple(x.shape)}"
+            problems.append(f"task '{label}': '{name}' is {given}: crop, resize or convert it")
+    return problems
+
+
+def weights_by_name(weights: Factors, tasks: Tasks, named: States) -> dict[str, float]:
+    """The factor of each task vector, 1 where none is given; a list is in the order of the tasks given."""
+    if weights is None:
+        return dict.fromkeys(named, 1.0)
+    names = tasks if isinstance(tasks, Mapping) else named
+    if isinstance(weights, Mapping):
+        pairs = {str(name): x for name, x in weights.items()}
+    else:
+        pairs = dict(zip(map(str, names), weights, strict=False))
+    if len(weights) != len(named) or pairs.keys() != named.keys():
+        raise MergeError(f"weights must give one number for each of {listing(named)}")
+    return {name: pairs[name] for name in named}
+
+
+def applied_methods(recipe: Recipe, base: State) -> tuple[Applied, ...]:
+    """Purifiers in order, then the rule, with their options checked by name."""
+    methods = [find_method(purifier, "purifier") for purifier in recipe.purify]
+    methods.append(find_method(recipe.rule, "rule"))
+    if idle := recipe.options.keys() - {method.name for method in methods}:
+        raise MergeError(f"options for {listing(idle)}, which is not used: add rule or purifier")
+    return tuple(_applied(method, recipe.options.get(method.name, {}), base) for method in methods)
+
+
+def _applied(method: Method, given: Options, base: State) -> Applied:
+    check_known(f"{method.name} option", given, method.options)
+    options = {**method.options, **given}
+    if method.kind != "purifier":
+        return Applied(method, options)
+    scope = as_globs(options.pop("scope"), f"{method.name} scope")
+    _refuse_idle_globs(scope, base, f"{method.name} scope")
+    return Applied(method, options, scope or ("*",))
+
+
+def kinds_of(recipe: Recipe, base: State) -> dict[str, str]:
+    """Kind of each tensor: by the policy where the merge touches it, else "copy"."""
+    for what in ("include", "exclude"):
+        _refuse_idle_globs(getattr(recipe, what), base, what)
+    if not callable(recipe.policy):
+        _refuse_idle_globs(recipe.policy, base, "policy")
+    kinds = {}
+    for name in base:
+        tensor = meta_of(base, name)
+        wanted = _matches(name, recipe.include or ("*",)) and not _matches(name, recipe.exclude)
+        if not wanted or not tensor.is_floating_point():
+            kinds[name] = "copy"
+            continue
+        kinds[name] = _kind(name, tensor, recipe.policy)
+        if kinds[name].startswith("matrix") and tensor.ndim != 2:
+            shape = tuple(tensor.shape)
+            raise MergeError(f"policy: '{name}' of shape {shape} cannot be a {kinds[name]}")
+    return kinds
+
+
+def _kind(name: str, tensor: Tensor, policy: Mapping[str, str] | Policy) -> str:
+    if callable(policy):
+        kind = policy(name, tensor)
+        check_known(f"policy for '{name}'", [kind], KINDS_OF_TENSOR)
+        return kind
+    for glob, kind in policy.items():
+        if fnmatchcase(name, glob):
+            return kind
+    return default_policy(name, tensor)
+
+
+def step_of(name: str, x: Tensor, kind: str, uses: Sequence[Applied], vectors: str | float) -> Step:
+    """What happens to a tensor of this kind."""
+    shape = tuple(x.shape)
+    if kind == "copy":
+        return Step(name, shape, x.dtype, kind, (), "copy")
+    if kind == "vector" and vectors != "rule":
+        if isinstance(vectors, str):
+            rule, factor = {"mean": ("mean", 1.0), "copy": ("copy", None)}[vectors]
+        else:
+            rule, factor = "sum", vectors
+        return Step(name, shape, x.dtype, kind, (), rule, factor)
+    acting = [use for use in uses if use.acts_on(name, kind)]
+    purify = tuple(use.name for use in acting if use.method.kind == "purifier")
+    how = uses[-1].name if uses[-1] in acting else "mean"
+    spectral = any(use.method.acts_on == "matrix" for use in acting)
+    return Step(name, shape, x.dtype, kind, purify, how, spectral=spectral)
+
+
+def check_work(use: Applied, steps: Iterable[Step]) -> None:
+    """A purifier must find tensors, and a count of directions must fit one of them at least."""
+    steps, name = list(steps), use.name
+    sizes = [min(s.shape, default=1) for s in steps if name in (*s.purify, s.rule)]
+    idle = use.method.kind == "purifier" or all(s.rule == "copy" for s in steps)
+    if not sizes and idle:
+        raise MergeError(f"{name} has no tensor to work on: see scope, include and exclude")
+    for option in RANK_OPTIONS:
+        rank, most = use.options.get(option), max(sizes, default=math.inf)
+        if isinstance(rank, int) and rank > most:
+            raise MergeError(f"{name}.{option}={rank} is above the largest rank, {most}")
+
+
+def decided_vectors(
+    vectors: str | float, scale: float, uses: Sequence[Applied], tasks: int
+) -> str | float:
+    """The treatment of vectors that "auto" stands for; see `merge`."""
+    if vectors != "auto":
+        return vectors
+    on_matrices = any(use.method.acts_on == "matrix" for use in uses)
+    return "mean" if on_matrices and tasks > 1 and scale >= 0 else "rule"
+
+
+def decided_scale(scale: float | None, uses: Sequence[Applied]) -> tuple[float, tuple[str, ...]]:
+    """The scale to use, and what the user should know about it."""
+    *purifiers, rule = uses
+    if scale is not None:
+        return float(scale), ()
+    if not rule.method.scale:
+        return 1.0, (f"scale 1.0: {rule.name} has no recommended value, try several",)
+    reduced = str(rule.options.get("reduce", "any"))
+    if reduced not in rule.method.scale:
+        raise MergeError(f"{rule.name} with reduce={reduced!r} has no recommended scale: give one")
+    recommended = rule.method.scale[reduced]
+    note = f"scale {recommended}, recommended for {rule.name}"
+    if purifiers:
+        behind = ", ".join(use.name for use in purifiers)
+        note += f" alone; no value is published behind {behind}: try several on validation data"
+    return recommended, (note,)

@@ -1,0 +1,98 @@
+"""Single tensors of several models: differences from the base, and updates added to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from minipact.errors import MergeError
+from minipact.methods import is_finite
+
+Device = str | torch.device
+State = Mapping[str, Tensor]
+States = Mapping[str, State]
+
+
+def meta_of(state: State, name: str) -> Tensor:
+    """Shape and dtype of a tensor, unread where the mapping has a method `meta(name)`."""
+    tensor: Tensor = getattr(state, "meta", state.__getitem__)(name)
+    return tensor
+
+
+@torch.no_grad()
+def add_update(
+    name: str, base: Tensor, delta: Tensor | None, factor: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """base + factor * delta in a wide type, then in dtype; a copy of the base without a delta.
+
+    dtype None, and any for integers, is the base's. Raises MergeError, naming the tensor, where the result
+    overflows.
+    """
+    if dtype is None or not base.is_floating_point():
+        dtype = base.dtype
+    if delta is None or factor == 0:
+        merged = base.to(dtype, copy=True)
+    else:
+        merged = torch.empty(base.shape, dtype=dtype, device=delta.device)
+        pieces = (in_pieces(x, delta.device) for x in (merged, base, delta))
+        for out, x, d in zip(*pieces, strict=True):
+            out.copy_(torch.add(x.to(d), d, alpha=factor))
+    if not is_finite(merged) and is_finite(base):
+        hint = "check the base, take a smaller scale or a wider dtype"
+        raise MergeError(f"tensor '{name}' of the result overflows {merged.dtype}: {hint}")
+    return merged
+
+
+def in_pieces(x: Tensor, device: Device) -> Sequence[Tensor]:
+    """The entries in pieces that fit into the cache where a CPU does the work, else in one."""
+    size = 1 << 18 if torch.device(device).type == "cpu" else max(1, x.numel())
+    return torch.split(x.flatten(), size)
+
+
+def task_matrices(
+    name: str, base: State, tasks: States, weights: Mapping[str, float] | None = None,
+    device: Device = "cpu",
+) -> Tensor:  # fmt: skip
+    """D [T, ...] of one tensor: weight * (fine-tuned - base), or a task's own `delta(name)`.
+
+    float32, float64 where an input is. Raises MergeError, naming tensor and model, for NaN or infinity.
+    """
+    return next(task_blocks(name, base, tasks, weights, device, whole=True))
+
+
+def task_blocks(
+    name: str, base: State, tasks: States, weights: Mapping[str, float] | None, device: Device, *,
+    whole: bool,
+) -> Iterator[Tensor]:  # fmt: skip
+    """`task_matrices`, whole or in blocks [T, b] of the entries that fit into a cache."""
+    known = [_own_delta(task, name, base) for task in tasks.values()]
+    tuned = (task[name] if d is None else d for task, d in zip(tasks.values(), known, strict=True))
+    tensors = [x.detach() for x in (base[name], *tuned)]
+    wide = any(x.dtype == torch.float64 for x in tensors)
+    kind = torch.empty(0, dtype=torch.float64 if wide else torch.float32, device=device)
+    factors = list((weights or dict.fromkeys(tasks, 1.0)).values())
+    pieces = ([x] if whole else in_pieces(x, device) for x in tensors)
+
+    def block(start: Tensor, *tuned: Tensor) -> Tensor:
+        origin, D = start.to(kind), kind.new_empty(len(tuned), *start.shape)
+        for delta, x, factor, d in zip(D, tuned, factors, known, strict=True):
+            torch.sub(x.to(kind), origin, alpha=int(d is None), out=delta)
+            if factor != 1:
+                delta.mul_(factor)
+        if not is_finite(D):
+            models = ["the base", *(f"task '{label}'" for label in tasks), "some task"]
+            model = models[[*map(is_finite, tensors), False].index(False)]
+            raise MergeError(f"'{name}' of {model} holds NaN or infinity: repair or exclude it")
+        return D
+
+    return map(block, *pieces)
+
+
+def _own_delta(task: State, name: str, base: State) -> Tensor | None:
+    """A task's own difference from this base, where it knows it more exactly than by subtraction."""
+    if getattr(task, "base", base) is not base:
+        return None
+    delta: Tensor | None = getattr(task, "delta", lambda _: None)(name)
+    return delta
