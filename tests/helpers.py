@@ -38,7 +38,7 @@ def decaying(m: int, n: int, seed: int = 0, power: float = 1.0) -> Tensor:
     r = min(m, n)
     u = torch.linalg.qr(normal(m, r, seed=seed)).Q
     v = torch.linalg.qr(normal(n, r, seed=seed + 1000)).Q
-    return (u * torch.arange(1, r + 1).double() ** -power) @ v.mT
+    return u * torch.arange(1, r + 1).double().pow(-power) @ v.mT
 
 
 def problem(m: int = 40, n: int = 30, tasks: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:

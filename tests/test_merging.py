@@ -388,8 +388,15 @@ def test_a_merge_of_merges_reads_nothing_at_first():
 
 def test_functions_of_the_caller_see_real_tensors_only():
     rule, shapes = counted()
-    mp.merge(BASE, TASKS, rule=rule, purify=lambda W0, D: D)
+    purified = []
+
+    def purifier(W0: Tensor, D: Tensor) -> Tensor:
+        purified.append(W0.shape)
+        return D
+
+    mp.merge(BASE, TASKS, rule=rule, purify=purifier)
     assert shapes == MATRICES
+    assert purified == [*MATRICES[:2], MATRICES[2][::-1]]
 
 
 def test_parts_make_the_whole():

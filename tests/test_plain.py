@@ -377,6 +377,7 @@ def test_it_imports_torch_and_re_only():
     assert imported == {"torch", "re"}
 
 
+@pytest.mark.slow
 def test_it_works_alone(tmp_path: Path):
     shutil.copy(Path(plain.__file__), tmp_path / "plain.py")
     script = (

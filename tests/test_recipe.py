@@ -91,6 +91,7 @@ def test_what_is_equal_is_written_alike():
     named = mp.Recipe("tsv_m", ("pact",), {"pact": {"scope": ("a",)}}, 1.0, 2.0, dtype="float16")
     assert given.digest == named.digest
     assert given.to_json() == named.to_json()
+    assert given.options == named.options
 
 
 # ---- Functions of one's own ----------------------------------------------------------------------

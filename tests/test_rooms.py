@@ -72,7 +72,7 @@ def test_some_rooms_stand_alone(name: str):
 def test_the_mathematics_knows_no_engine():
     assert rooms_imported("methods") == {"errors"}
     assert rooms_imported("per_task") <= {"errors", "methods"}
-    engine = {"merging", "recipe", "task_vectors", "job", "xray", "__main__"}
+    engine = {"merging", "steps", "recipe", "task_vectors", "job", "xray", "__main__"}
     for name in ("diagnostics", "lbw_weights", "data_statistics", "parallel"):
         assert not rooms_imported(name) & engine
 
