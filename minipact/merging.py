@@ -20,7 +20,6 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -48,7 +47,7 @@ from minipact.steps import (
     step_of,
     weights_by_name,
 )
-from minipact.tensors import Device, State, add_update, meta_of, task_blocks
+from minipact.tensors import Device, State, add_update, is_unchanged, meta_of, task_blocks
 
 Progress = Callable[[int, int, str], None] | None
 Gather = Callable[[Any], list[Any]]
@@ -63,6 +62,16 @@ class _FirstPass:
     answers: Answers | None = None  # for each method, by the names of its arguments
     kept: MutableMapping[str, Tensor | None] | None = None  # merged task vectors by name
     lock: Any = field(default_factory=Lock)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one process looks at in a first pass, and how; fields as in `Merged.prepare`."""
+
+    names: Collection[str] | None
+    gather: Gather
+    threads: int | None
+    room: float
 
 
 # ---- The merged model ----------------------------------------------------------------------------
@@ -223,14 +232,14 @@ class Merged(Mapping[str, Tensor]):
             names, threads, room: as in `map`; what one process of several looks at.
             gather: one process' share -> the shares of all, by rank.
         """
+        part = _Part(names, gather, threads, room)
         found = self._passes[self.recipe.vectors]
         with found.lock:
             if found.answers is None:
                 self._refuse_identical()
                 answers: Answers = []
                 for use in self._uses:
-                    look = self._survey(use, answers, names, gather, threads, room)
-                    answers.append(look)
+                    answers.append(self._survey(use, answers, part))
                 found.answers = answers
 
     # -- inside ------------------------------------------------------------------------------------
@@ -330,47 +339,43 @@ class Merged(Mapping[str, Tensor]):
             raise MergeError(f"tensor '{step.name}': {method.name} returned {shape}")
         return result.mT if turned else result
 
-    def _survey(
-        self,
-        use: Applied,
-        answers: Answers,
-        names: Collection[str] | None,
-        gather: Gather,
-        threads: int | None,
-        room: float,
-    ) -> dict[str, Tensor]:
+    def _survey(self, use: Applied, answers: Answers, part: _Part) -> dict[str, Tensor]:
         """What a method asks of the whole model, behind the purifiers before it; see `Method.survey`."""
         survey = use.method.survey
         treated = [step for step in self.steps.values() if use.name in (*step.purify, step.rule)]
         if survey is None or not treated:
             return {}
-        mine = [step.name for step in treated if names is None or step.name in names]
-        by_entry = use.method.acts_on == "entries"
-
-        def added_up(measure: Measure) -> Tensor:
-            def measured(name: str) -> Tensor:
-                before = self._uses[: len(answers)]
-                step = self.steps[name]
-                blocks = self._task_matrices(step, before, answers, by_entry)
-                if use.turns(step.kind):
-                    blocks = (D.mT for D in blocks)
-                return reduce(torch.add, map(measure, blocks))
-
-            share: dict[str, Tensor] = {}
-            for name, value in zip(mine, self._run(measured, mine, threads, room), strict=True):
-                # Whole numbers add up alike in any order, other numbers only in the order of names.
-                key = name if value.is_floating_point() else ""
-                share[key] = share[key] + value if key in share else value
-            return _sum_by_name(gather(share))
-
+        mine = [s.name for s in treated if part.names is None or s.name in part.names]
         entries = sum(step.entries for step in treated)
         talk = survey(tasks=len(self.tasks), entries=entries, **use.taken_by(survey))
-        return run_survey(talk, added_up)
+        return run_survey(talk, lambda measure: self._sum(measure, use, answers, mine, part))
+
+    def _sum(
+        self, measure: Measure, use: Applied, answers: Answers, names: list[str], part: _Part
+    ) -> Tensor:
+        """Sum of measure(D) over all tensors that a method treats, those of other processes too."""
+        before, by_entry = self._uses[: len(answers)], use.method.acts_on == "entries"
+
+        def measured(name: str) -> Tensor:
+            step = self.steps[name]
+            blocks = self._task_matrices(step, before, answers, by_entry)
+            if use.turns(step.kind):
+                blocks = (D.mT for D in blocks)
+            return _added(map(measure, blocks))
+
+        share: dict[str, Tensor] = {}
+        values = self._run(measured, names, part.threads, part.room)
+        for name, value in zip(names, values, strict=True):
+            # Whole numbers add up alike in any order, other numbers only in the order of names.
+            key = name if value.is_floating_point() else ""
+            share[key] = share[key].add_(value) if key in share else value
+        found = (item for one in part.gather(share) for item in one.items())
+        return _added(value for _, value in sorted(found, key=lambda item: item[0]))
 
     def _refuse_identical(self) -> None:
         merged = [step.name for step in self.steps.values() if step.rule != "copy"]
         for label, task in self.tasks.items():
-            if all(torch.equal(self.base[name], task[name]) for name in merged):
+            if all(is_unchanged(task, name, self.base) for name in merged):
                 hint = "leave it out, or check that the right files were given"
                 raise MergeError(f"task '{label}' equals the base in every tensor to merge: {hint}")
 
@@ -402,9 +407,13 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _sum_by_name(shares: Iterable[Mapping[str, Tensor]]) -> Tensor:
-    values = sorted((item for share in shares for item in share.items()), key=lambda item: item[0])
-    return reduce(torch.add, [value for _, value in values])
+def _added(values: Iterable[Tensor]) -> Tensor:
+    """Sum of one tensor or more, a new tensor."""
+    several = iter(values)
+    total = next(several).clone()
+    for value in several:
+        total.add_(value)
+    return total
 
 
 def merge(

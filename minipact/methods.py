@@ -548,13 +548,13 @@ def _count_bit_patterns(D: Tensor, half: str, upper: Tensor) -> Tensor:
 
     Of the lower half only where the upper one is as given, [T].
     """
-    counts = torch.zeros(len(D), 65536, dtype=torch.int64)
+    counts = []
     for t, bits in enumerate(D.abs().float().reshape(len(D), -1).view(torch.int32)):
         digits = bits >> 16
         if half == "lower":
             digits = (bits & 0xFFFF)[digits == int(upper[t])]
-        counts[t] = torch.bincount(digits, minlength=65536).cpu()
-    return counts
+        counts.append(torch.bincount(digits, minlength=65536))
+    return torch.stack(counts).cpu()
 
 
 def _over_the_model(

@@ -221,8 +221,8 @@ def merge(base, tasks, *, rule, scale, purify=(), vectors="auto", options=None, 
                 D[n] = run(purifier, W0, D[n])
             elif kinds[n] == "matrix_T":
                 D[n] = run(purifier, W0.mT, D[n].mT).mT
-    if rule in ENTRYWISE:  # it sees all tensors as one
-        whole = torch.cat([d.flatten(1) for d in D.values()], dim=1)
+    if rule in ENTRYWISE and D:  # it sees all tensors as one
+        whole = torch.cat([d.unsqueeze(-1).flatten(1) for d in D.values()], dim=1)
         parts = run(rule, whole).split([d[0].numel() for d in D.values()])
     else:
         parts = [d.mean(0) if kinds[n] == "vector" else run(rule, d) for n, d in D.items()]

@@ -192,6 +192,11 @@ def applied_methods(recipe: Recipe, base: State) -> tuple[Applied, ...]:
     """Purifiers in order, then the rule, with their options checked by name."""
     methods = [find_method(purifier, "purifier") for purifier in recipe.purify]
     methods.append(find_method(recipe.rule, "rule"))
+    for name in {method.name for method in methods}:
+        if len({id(method.function) for method in methods if method.name == name}) > 1:
+            raise MergeError(
+                f"two methods are called '{name}': give the functions names of their own"
+            )
     if idle := recipe.options.keys() - {method.name for method in methods}:
         raise MergeError(f"options for {listing(idle)}, which is not used: add rule or purifier")
     return tuple(_applied(method, recipe.options.get(method.name, {}), base) for method in methods)
@@ -262,7 +267,9 @@ def check_work(use: Applied, steps: Iterable[Step]) -> None:
     sizes = [min(s.shape, default=1) for s in steps if name in (*s.purify, s.rule)]
     idle = use.method.kind == "purifier" or all(s.rule == "copy" for s in steps)
     if not sizes and idle:
-        raise MergeError(f"{name} has no tensor to work on: see scope, include and exclude")
+        raise MergeError(
+            f"{name} has no tensor to work on: see scope, include, exclude and vectors"
+        )
     for option in RANK_OPTIONS:
         rank, most = use.options.get(option), max(sizes, default=math.inf)
         if isinstance(rank, int) and rank > most:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minipact.errors import MergeError
-from minipact.methods import is_finite
+from minipact.methods import is_finite, is_zero
 
 Device = str | torch.device
 State = Mapping[str, Tensor]
@@ -67,7 +67,7 @@ def task_blocks(
     whole: bool,
 ) -> Iterator[Tensor]:  # fmt: skip
     """`task_matrices`, whole or in blocks [T, b] of the entries that fit into a cache."""
-    known = [_own_delta(task, name, base) for task in tasks.values()]
+    known = [own_delta(task, name, base) for task in tasks.values()]
     tuned = (task[name] if d is None else d for task, d in zip(tasks.values(), known, strict=True))
     tensors = [x.detach() for x in (base[name], *tuned)]
     wide = any(x.dtype == torch.float64 for x in tensors)
@@ -90,9 +90,17 @@ def task_blocks(
     return map(block, *pieces)
 
 
-def _own_delta(task: State, name: str, base: State) -> Tensor | None:
+def own_delta(task: State, name: str, base: State) -> Tensor | None:
     """A task's own difference from this base, where it knows it more exactly than by subtraction."""
     if getattr(task, "base", base) is not base:
         return None
     delta: Tensor | None = getattr(task, "delta", lambda _: None)(name)
     return delta
+
+
+def is_unchanged(task: State, name: str, base: State) -> bool:
+    """Whether a task has the base's numbers; where it knows its own difference, whether that is zero."""
+    delta = own_delta(task, name, base)
+    if delta is not None:
+        return is_zero(delta)
+    return torch.equal(base[name], task[name])

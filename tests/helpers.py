@@ -36,8 +36,8 @@ def single(*shape: int, seed: int = 0) -> Tensor:
 def decaying(m: int, n: int, seed: int = 0, power: float = 1.0) -> Tensor:
     """Random matrix with singular values i^-power, in float64."""
     r = min(m, n)
-    u = torch.linalg.qr(normal(m, r, seed=seed)).Q
-    v = torch.linalg.qr(normal(n, r, seed=seed + 1000)).Q
+    u: Tensor = torch.linalg.qr(normal(m, r, seed=seed)).Q
+    v: Tensor = torch.linalg.qr(normal(n, r, seed=seed + 1000)).Q
     return u * torch.arange(1, r + 1).double().pow(-power) @ v.mT
 
 
@@ -137,8 +137,8 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Return when a condition holds; fail if the process ends before, or after two minutes."""
-    deadline = time.monotonic() + 120
+    """Return when a condition holds; fail if the process ends before, or after five minutes."""
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "waited in vain"

@@ -116,6 +116,7 @@ def test_loading_plain_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert library(tmp_path / "out") is None
 
 
+@pytest.mark.slow
 def test_loading_in_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import transformers
 

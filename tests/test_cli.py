@@ -241,6 +241,7 @@ def test_tasks_take_the_names_that_one_sees(
     assert str(files / "c.safetensors") in tasks["cars"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_summary_that_cannot_be_told_does_not_deny_the_output(files: Path):
     inputs = [str(files / "base.safetensors"), str(files / "a.safetensors")]
@@ -255,6 +256,7 @@ def test_a_summary_that_cannot_be_told_does_not_deny_the_output(files: Path):
     assert same(load_file(files / "o.safetensors"), merged)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error_message():
     command = f"{sys.executable} -m minipact methods | true; exit ${{PIPESTATUS[0]}}"
     told = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True)

@@ -94,8 +94,8 @@ def test_a_killed_process_ends_the_run_without_output(
     journal = tmp_path / "out.partial" / JOURNAL
     wait_until(lambda: journal.exists() and '"done"' in journal.read_text(), run[0])
     run[victim].send_signal(signal.SIGKILL)
-    run[victim].communicate(timeout=60)
-    _, error = run[1 - victim].communicate(timeout=60)
+    run[victim].communicate(timeout=300)
+    _, error = run[1 - victim].communicate(timeout=300)
     assert run[1 - victim].returncode == 1
     assert "another process of this run has ended early" in error
     assert "no output was written" in error
@@ -113,7 +113,7 @@ def test_a_fault_in_one_share_ends_all(tmp_path: Path, models: list[str]):
     state["7.w"][3, 4] = torch.nan
     save_file(state, models[2])
     run = processes([*models, "-o", str(tmp_path / "out"), "--rule", "tsv_m"])
-    errors = [process.communicate(timeout=120)[1] for process in run]
+    errors = [process.communicate(timeout=300)[1] for process in run]
     assert sorted(process.returncode for process in run) == [1, 2]
     assert sum("'7.w' of task 'b' holds NaN" in error for error in errors) == 1
     assert sum("another process of this run" in error for error in errors) == 1
@@ -123,7 +123,7 @@ def test_a_fault_in_one_share_ends_all(tmp_path: Path, models: list[str]):
 @pytest.mark.slow
 def test_what_all_see_is_said_once(tmp_path: Path, models: list[str]):
     run = processes([*models, "-o", str(tmp_path / "out"), "--rule", "best"])
-    errors = [process.communicate(timeout=120)[1] for process in run]
+    errors = [process.communicate(timeout=300)[1] for process in run]
     assert [process.returncode for process in run] == [2, 2]
     assert "rule 'best' is unknown" in errors[0]
     assert errors[1] == ""
@@ -148,7 +148,7 @@ def test_without_an_address_a_process_is_alone(
 @pytest.mark.slow
 def test_a_dry_run_is_told_once(tmp_path: Path, models: list[str]):
     run = processes([*models, "-o", str(tmp_path / "out"), "--dry-run", "--json"])
-    told = [process.communicate(timeout=120)[0] for process in run]
+    told = [process.communicate(timeout=300)[0] for process in run]
     assert json.loads(told[0])["dry_run"]
     assert told[1] == ""
 

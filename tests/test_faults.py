@@ -192,7 +192,7 @@ def test_an_interrupted_run_looks_unfinished_and_resumes_to_the_same_bytes(
     arguments = [*models, "-o", str(out), *SPECTRAL, "--max-shard-size", "1MB"]
     process = started(arguments, partial)
     process.send_signal(getattr(signal, name))
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert not out.exists()
     if name != "SIGKILL":
         assert process.returncode == 130
@@ -218,7 +218,7 @@ def test_resuming_refuses_changed_inputs(tmp_path: Path, capsys: pytest.CaptureF
     arguments = [*models, "-o", str(tmp_path / "out"), *SPECTRAL]
     process = started(arguments, tmp_path / "out.partial")
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     os.utime(models[1])
     error = fails(capsys, 2, *arguments, "--resume")
     assert re.search(r"begun with size and time of \S+a.safetensors", error)
@@ -234,7 +234,7 @@ def test_resuming_a_rule_with_a_threshold_over_the_whole_model(
                  "--threads", "1"]  # fmt: skip
     process = started(arguments, tmp_path / "out.partial")
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert main(["merge", *arguments, "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["resumed_tensors"] >= 3
     resumed = contents(tmp_path / "out")
@@ -250,7 +250,7 @@ def test_two_runs_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
     for more in ([], ["--resume"], ["--overwrite"]):
         error = fails(capsys, 2, *arguments, *more)
         assert f"{tmp_path / 'out'} is being written by another run" in error
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert len(open_checkpoint(tmp_path / "out")) == LONG["tensors"]
     assert not (tmp_path / "out.partial").exists()

@@ -308,6 +308,7 @@ def judge(files: Path, target: float) -> str:
     return f"{sys.executable} {files / 'judge.py'} {{}} {target!r}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["out", "out.safetensors"])
 def test_the_best_scale_is_kept(files: Path, capsys: pytest.CaptureFixture[str], output: str):
     base, tasks = states(files)

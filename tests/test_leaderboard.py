@@ -62,6 +62,7 @@ def test_recorded_choices_are_those_of_validation_data():
         assert marks[leaderboard.key(chosen)[1]] == max(marks.values()), rule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vectors", ["rule", "mean"])
 def test_a_recorded_row_is_what_the_weights_give(vectors: str):
     zoo = zoo_io.load_zoo(ROOT / "data" / "zoo")

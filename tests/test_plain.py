@@ -319,6 +319,15 @@ def test_models_of_one_type_agree(dtype: torch.dtype):
         agree(mp.merge(cast[0], cast[1:], **recipe), plain.merge(cast[0], cast[1:], **recipe))
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_models_without_matrices_and_empty_tensors_agree(rule: str):
+    shapes = {"scale": (), "none": (0,), "bias": (3,)}
+    base, *tasks = ({n: single(*shape, seed=s) for n, shape in shapes.items()} for s in range(4))
+    for vectors in ("rule", "mean"):
+        recipe = {"rule": rule, "vectors": vectors, "scale": 1.0}
+        agree(mp.merge(base, tasks, **recipe), plain.merge(base, tasks, **recipe))
+
+
 def test_inputs_of_a_merge_stay_and_results_are_new():
     before = {name: x.clone() for name, x in BASE.items()}
     for scale in (0.0, 1.0):
