@@ -65,7 +65,7 @@ class Recipe:
         settle("options", _options(self.options))
         settle("dtype", dtype_name(self.dtype))
         if not callable(self.policy):
-            settle("policy", dict(_table(self.policy, "policy")))
+            settle("policy", _pairs(self.policy, "policy"))
             check_known("policy", self.policy.values(), KINDS_OF_TENSOR)
         if self.weights is not None:
             table = _table(self.weights, "weights")
@@ -99,6 +99,9 @@ class Recipe:
         found = self.keywords()
         found["rule"] = _name(self.rule, "rule")
         found["purify"] = [_name(method, "purifier") for method in self.purify]
+        found["policy"] = list(
+            self.policy.items()
+        )  # the order counts, which JSON's objects do not keep
         try:
             as_json: dict[str, Any] = json.loads(json.dumps(found))
         except TypeError as error:
@@ -169,6 +172,15 @@ def _options(given: Mapping[str, Options]) -> dict[str, Options]:
 
 def _hashable(x: object) -> object:
     return tuple(x) if isinstance(x, list) else x
+
+
+def _pairs(given: object, what: str) -> dict[str, Any]:
+    """A mapping, from one or from a list of pairs as JSON holds it."""
+    if not isinstance(given, list | tuple):
+        return dict(_table(given, what))
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in given):
+        raise MergeError(f"{what} must be a mapping or pairs, not {given!r}")
+    return {str(key): value for key, value in given}
 
 
 def _table(given: object, what: str) -> Mapping[str, Any]:

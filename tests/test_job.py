@@ -100,7 +100,7 @@ def test_header_card_and_summary_hold_one_record(files: Path, capsys: pytest.Cap
     assert recipe["options"]["pact"] == mp.METHODS["pact"].options | {"core": 3}
     assert recipe["options"]["tsv_m"] == mp.METHODS["tsv_m"].options
     told = [recipe[name] for name in ("include", "exclude", "policy", "vectors", "dtype", "seed")]
-    assert told == [["visual*"], ["*.bias"], {"*conv1*": "copy"}, "copy", "bfloat16", 5]
+    assert told == [["visual*"], ["*.bias"], [["*conv1*", "copy"]], "copy", "bfloat16", 5]
     assert recipe["weights"] == {"cars": 1.0, "signs": 0.5}
     assert recipe["scale"] == 1.0
     assert records[0]["device"] == "cpu"
@@ -166,6 +166,16 @@ def test_a_header_alone_repeats_a_merge_to_the_byte(files: Path, tmp_path_factor
     paths, again = moved(files, elsewhere / "inputs"), elsewhere / "again.safetensors"
     assert main(["merge", *paths, "-o", str(again), "--recipe", str(first), "--quiet"]) == 0
     assert again.read_bytes() == first.read_bytes()
+
+
+def test_the_order_of_a_policy_is_kept(files: Path):
+    first = files / "out.safetensors"
+    policy = ["--policy", "*proj*=copy", "--policy", "*c_proj*=matrix", "--policy", "*=vector"]
+    assert main(["merge", *inputs(files), "-o", str(first), "--quiet", *policy]) == 0
+    again = ["-o", str(files / "again.safetensors"), "--recipe", str(first), "--quiet"]
+    assert main(["merge", *inputs(files), *again]) == 0
+    assert (files / "again.safetensors").read_bytes() == first.read_bytes()
+    assert torch.equal(load_file(first)["visual.proj"], states(files)[0]["visual.proj"])
 
 
 @pytest.mark.parametrize(

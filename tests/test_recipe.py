@@ -69,10 +69,10 @@ def test_the_digest_is_stable():
     recipe = mp.Recipe("tsv_m", ["pact"], {"pact": {"core": 38}}, 0.8, exclude="*.bias")
     assert recipe.to_json() == (
         '{"dtype": null, "exclude": ["*.bias"], "include": [], "options": {"pact": {"core": 38}}, '
-        '"policy": {}, "purify": ["pact"], "rule": "tsv_m", "scale": 0.8, "seed": 0, '
+        '"policy": [], "purify": ["pact"], "rule": "tsv_m", "scale": 0.8, "seed": 0, '
         '"vectors": "auto", "weights": null}'
     )
-    assert recipe.digest == "98523709aa5c9f5c9cf792b2fa04b74e3bc4d0d94c68aee34ca29234b843c803"
+    assert recipe.digest == "9f36f5516a42025098c3626ed91014a390ef69768a1f53802401ea3635b1b5eb"
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -227,7 +227,7 @@ def test_the_recipe_of_a_merge_is_effective():
         "weights": {"a": 1.0, "b": 1.0},
         "include": [],
         "exclude": ["*.conv1.*"],
-        "policy": {"*.proj": "vector"},
+        "policy": [["*.proj", "vector"]],
         "dtype": None,
         "seed": 0,
     }  # fmt: skip
