@@ -6,6 +6,7 @@ merge_files("base.safetensors", {"cars": "cars.safetensors"}, "out.safetensors",
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -13,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,7 +23,6 @@ from threading import Event
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minipact import distributed
@@ -31,7 +31,14 @@ from minipact.card import CARD, Record, agreed, write_card
 from minipact.checkpoints import Checkpoint, open_checkpoint, sha256
 from minipact.errors import CheckpointError, MergeError, listing
 from minipact.merging import Merged, Progress, Sweep, sweep
-from minipact.output import Output, check_output, copy_side_files, parse_size, save_checkpoint
+from minipact.output import (
+    Output,
+    Shelf,
+    check_output,
+    copy_side_files,
+    parse_size,
+    save_checkpoint,
+)
 from minipact.parallel import cores, memory
 from minipact.recipe import Recipe
 from minipact.steps import Step
@@ -331,7 +338,7 @@ def _run(
     with tempfile.TemporaryDirectory(
         dir=target.path.absolute().parent, prefix=".scales-"
     ) as scratch:
-        found = _sweep(job, target, Path(scratch), scales, score, progress)
+        found = _sweep(job, target, threads, Path(scratch), scales, score, progress)
         chosen = Job(job.base, job.tasks, job.aliases, found.merged)
         return _write(chosen, target, threads, progress, found.scores)
 
@@ -339,27 +346,30 @@ def _run(
 def _sweep(
     job: Job,
     target: Target,
+    threads: int | None,
     scratch: Path,
     scales: Sequence[float],
     score: Callable[[Path], float],
     progress: Progress,
 ) -> Sweep:
     """Score a candidate in the output's layout for each scale; merged task vectors wait on the disk."""
-    job.merged.shelf = lambda: Shelf(scratch / "shelf")
     candidate = scratch / target.path.name
+    workers, room = _at_once(job.merged, threads)
 
     def scored(merged: Merged) -> float:
-        tried = Job(job.base, job.tasks, job.aliases, merged)
+        # All are computed at once, so that saving finds them on the shelf.
+        for _ in merged.map(lambda name: merged.parts(name) and None, threads=workers, room=room):
+            pass
         save_checkpoint(
             candidate,
-            _Written(tried),
+            _Written(Job(job.base, job.tasks, job.aliases, merged)),
             finish=lambda folder: copy_side_files(job.base.path, folder),
             overwrite=True,
             **_layout(job, target),
         )
         return score(candidate)
 
-    return sweep(job.merged, scored, scales, progress=progress)
+    return sweep(job.merged, scored, scales, progress=progress, shelf=lambda: Shelf(scratch))
 
 
 class _Written(Mapping[str, Tensor]):
@@ -379,35 +389,6 @@ class _Written(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._job.merged[self._job.aliases.get(name, name)]
-
-
-class Shelf(MutableMapping[str, Tensor | None]):
-    """Tensors by name, or None, kept in files of a folder and read by mapping them into memory."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        self._folder, self._files = folder, dict[str, Path | None]()
-
-    def __getitem__(self, name: str) -> Tensor | None:
-        file = self._files[name]
-        return None if file is None else load_file(file)["x"]
-
-    def __setitem__(self, name: str, x: Tensor | None) -> None:
-        file = None if x is None else self._folder / f"{id(self)}-{len(self._files)}.safetensors"
-        if file is not None and x is not None:
-            save_file({"x": x.contiguous()}, file)
-        self._files[name] = file
-
-    def __delitem__(self, name: str) -> None:
-        file = self._files.pop(name)
-        if file is not None:
-            file.unlink()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
 
 
 def command_score(command: str) -> Callable[[Path], float]:
@@ -484,7 +465,7 @@ def _write(
                     summary["notes"] += _complete(folder, job, target, record, scores)
 
                 files = output.commit(metadata=_header(record), finish=finish)
-            files = distributed.from_first(files)
+            sums, files = distributed.from_first((sums, files))
         except (OSError, KeyboardInterrupt, RuntimeError, MemoryError):
             keep = True
             raise
@@ -553,12 +534,13 @@ def _merge_share(
 
     noise = signal = 0.0
     tensors = merged.map(work, mine, threads=workers, room=room)
-    for done, (name, tensor, norms) in enumerate(tensors, start=1):
+    done = itertools.count(1)  # enumerate would hold a tensor while the next one is made
+    for name, tensor, norms in tensors:
         noise, signal = noise + norms[0], signal + norms[1]
         for place in places[name]:
             output.write(place, tensor)
         if progress is not None:
-            progress(done, len(mine), name)
+            progress(next(done), len(mine), name)
         del tensor  # not beside the next one
     return noise, signal
 

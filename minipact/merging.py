@@ -31,7 +31,17 @@ from minipact.errors import MergeError, listing
 from minipact.methods import METHODS as METHODS
 from minipact.methods import Measure, Options, is_registered, is_zero, named_generator, run_survey
 from minipact.parallel import in_threads
-from minipact.recipe import Globs, Policy, Recipe, Use, as_globs, as_methods, as_number, dtype_name
+from minipact.recipe import (
+    Globs,
+    Policy,
+    Recipe,
+    Use,
+    as_globs,
+    as_methods,
+    as_number,
+    as_table,
+    dtype_name,
+)
 from minipact.steps import (
     Applied,
     Factors,
@@ -52,6 +62,7 @@ from minipact.tensors import Device, State, add_update, is_unchanged, meta_of, t
 Progress = Callable[[int, int, str], None] | None
 Gather = Callable[[Any], list[Any]]
 Answers = list[dict[str, Tensor]]
+Kept = MutableMapping[str, Tensor | None]
 Result = TypeVar("Result")
 
 
@@ -60,7 +71,7 @@ class _FirstPass:
     """What a first pass over the models found, shared by merges that differ in their scale only."""
 
     answers: Answers | None = None  # for each method, by the names of its arguments
-    kept: MutableMapping[str, Tensor | None] | None = None  # merged task vectors by name
+    kept: Kept | None = None  # merged task vectors by name, once `at` wants them
     lock: Any = field(default_factory=Lock)
 
 
@@ -81,7 +92,8 @@ class Merged(Mapping[str, Tensor]):
     """The merged model as a lazy mapping, name -> tensor: purified, merged and added when asked for.
 
     Like a state dict, it can be saved, loaded into a module, or be a model of another merge. Every access
-    computes; `dict(merged)` holds all. Tensors are new and on the CPU, one for every name of the base.
+    computes, but for what `at` keeps; `dict(merged)` holds all. Tensors are new and on the CPU, one for
+    every name of the base.
 
     Arguments are those of `merge`, but for progress and threads.
 
@@ -90,7 +102,6 @@ class Merged(Mapping[str, Tensor]):
         steps: name -> Step, what happens to each tensor.
         notes: what the user should know about choices made.
         base, tasks, device: as given, the tasks by name.
-        shelf: makes the mapping, name -> tensor, in which `at` keeps merged task vectors; a dict.
 
     Raises:
         MergeError: as `merge`; at once for all that names, shapes and options tell, later for weights.
@@ -116,22 +127,27 @@ class Merged(Mapping[str, Tensor]):
     ) -> None:
         self.base, self.tasks, self.device = base, named_tasks(tasks), device
         refuse_mismatches(base, self.tasks)
-        factors = weights_by_name(weights, tasks, self.tasks)
         given = Recipe(
-            rule, as_methods(purify), options or {}, scale, vectors, factors,
-            as_globs(include, "include"), as_globs(exclude, "exclude"), policy or {},
-            dtype_name(dtype), seed,
-        )  # fmt: skip
+            rule=rule,
+            purify=as_methods(purify),
+            options=options or {},
+            scale=scale,
+            vectors=vectors,
+            weights=weights_by_name(weights, tasks, self.tasks),
+            include=as_globs(include, "include"),
+            exclude=as_globs(exclude, "exclude"),
+            policy=policy if callable(policy) else as_table(policy),
+            dtype=dtype_name(dtype),
+            seed=seed,
+        )
+        self._metas = {name: meta_of(base, name).to("meta") for name in base}
         self._uses = applied_methods(given, base)
-        self._kinds = kinds_of(given, base)
+        self._kinds = kinds_of(given, self._metas)
         found, self.notes = decided_scale(given.scale, self._uses)
-        self._vectors, self._keeps = given.vectors, False
-        self.shelf: Callable[[], MutableMapping[str, Tensor | None]] = dict
+        self._vectors = given.vectors
         self._passes: dict[str | float, _FirstPass] = {}
         self.recipe = replace(given, options={use.name: use.effective for use in self._uses})
         self._settle(found)
-        for use in self._uses:
-            check_work(use, self.steps.values())
         self._try_out()
 
     def __iter__(self) -> Iterator[str]:
@@ -159,7 +175,7 @@ class Merged(Mapping[str, Tensor]):
 
     def meta(self, name: str) -> Tensor:
         """Tensor of the same shape and dtype on the "meta" device, without computing anything."""
-        meta = meta_of(self.base, name).to("meta")
+        meta = self._metas[name]
         return meta.to(self.dtype) if self.dtype and meta.is_floating_point() else meta
 
     def delta(self, name: str) -> Tensor | None:
@@ -168,22 +184,25 @@ class Merged(Mapping[str, Tensor]):
         return None if delta is None else delta.mul(factor).cpu()
 
     def prefetch(self, name: str) -> None:
-        """Have all models fetch a tensor in the background that can."""
-        for state in (self.base, *self.tasks.values()):
+        """Have those models fetch a tensor in the background that can, and are needed for it."""
+        states = [self.base, *self.tasks.values()] if self._computes(name) else [self.base]
+        for state in states:
             if hasattr(state, "prefetch"):
                 state.prefetch(name)
 
-    def at(self, scale: float) -> Merged:
+    def at(self, scale: float, *, shelf: Callable[[], Kept] = dict) -> Merged:
         """The same merge at another scale, for sweeps: merged task vectors are computed once and kept.
 
-        vectors="auto" is decided anew. Raises MergeError for a scale that is no finite number.
+        Where the sign of the scale changes the treatment of vectors (vectors="auto"), once for each
+        treatment. `shelf` makes the mapping, name -> tensor or None, in which they are kept, on the CPU.
+        Raises MergeError for a scale that is no finite number, or that leaves a purifier without tensors.
         """
         other = copy.copy(self)
         other._settle(as_number("scale", scale))
-        other._keeps, other.notes = True, ()
+        other.notes = ()
         found = self._passes[other.recipe.vectors]
         if found.kept is None:
-            found.kept = self.shelf()
+            found.kept = shelf()
         return other
 
     def parts(self, name: str) -> tuple[Tensor, Tensor | None, float]:
@@ -246,14 +265,21 @@ class Merged(Mapping[str, Tensor]):
 
     def _settle(self, scale: float) -> None:
         """Decide all that depends on the scale."""
-        recipe = replace(self.recipe, scale=scale)
         vectors = decided_vectors(self._vectors, scale, self._uses, len(self.tasks))
-        self.recipe = replace(recipe, vectors=vectors)
+        self.recipe = replace(self.recipe, scale=scale, vectors=vectors)
         self.steps = {
-            name: step_of(name, meta_of(self.base, name), kind, self._uses, vectors)
+            name: step_of(name, self._metas[name], kind, self._uses, vectors)
             for name, kind in self._kinds.items()
         }
+        for use in self._uses:
+            check_work(use, self.steps.values())
         self._passes.setdefault(vectors, _FirstPass())
+
+    def _computes(self, name: str) -> bool:
+        """Whether a tensor's merged task vector is needed and not there yet."""
+        kept = self._passes[self.recipe.vectors].kept
+        changes = self.steps[name].rule != "copy" and self.scale != 0
+        return changes and not (kept is not None and name in kept)
 
     def _run(
         self, work: Callable[[str], Result], names: list[str], threads: int | None, room: float
@@ -270,25 +296,24 @@ class Merged(Mapping[str, Tensor]):
 
     def _merged_vector(self, step: Step) -> Tensor | None:
         found = self._passes[self.recipe.vectors]
-        if found.kept is not None and step.name in found.kept:
-            return found.kept[step.name]
-        delta = self._computed(step, found.answers or [])
-        if found.kept is not None and self._keeps:
+        if found.kept is None:
+            return self._computed(step, found.answers or [])
+        if step.name not in found.kept:
+            delta = self._computed(step, found.answers or [])
             found.kept[step.name] = None if delta is None else delta.cpu()
-        return delta
+        kept = found.kept[step.name]
+        return None if kept is None else kept.to(self.device)
 
     def _computed(self, step: Step, answers: Answers) -> Tensor | None:
         """The rule's result for one tensor, None where it is zero."""
         plain = PLAIN.get(step.rule)
         rule, answer = self._uses[-1], answers[-1]
         by_entry = plain is not None or rule.takes_blocks(answer)
-        delta, end = torch.empty(0), 0
-        for D in self._task_matrices(step, self._uses[:-1], answers, by_entry):
-            part = (plain(D) if plain else self._call(rule, answer, step, D)).flatten()
-            if end == 0:
-                delta = part if len(part) == step.entries else part.new_empty(step.entries)
-            delta[end : end + len(part)] = part
-            end += len(part)
+        blocks = self._task_matrices(step, self._uses[:-1], answers, by_entry)
+        parts = ((plain(D) if plain else self._call(rule, answer, step, D)) for D in blocks)
+        delta = next(parts)
+        if delta.numel() < step.entries:
+            delta = _joined(delta, parts, step.entries)
         return None if is_zero(delta) else delta.view(step.shape)
 
     def _task_matrices(
@@ -309,35 +334,41 @@ class Merged(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def _call(self, use: Applied, answer: dict[str, Tensor], step: Step, D: Tensor) -> Tensor:
-        """Run one purifier or rule on one tensor, with the arguments it needs."""
-        method, purifies = use.method, use.method.kind == "purifier"
-        if method.acts_on == "matrix" and is_zero(D):
+        """Run one purifier or rule on one tensor."""
+        purifies = use.method.kind == "purifier"
+        if use.method.acts_on == "matrix" and is_zero(D):
             return D if purifies else D[0]
-        keywords: dict[str, Any] = {**use.clipped(D.shape[1:]), **answer}
-        if "generator" in method.needs:
-            keywords["generator"] = named_generator(self.recipe.seed, step.name)
-        if "generators" in method.needs:
-            seeds = [(task, step.name) for task in self.tasks]
-            keywords["generator"] = [named_generator(self.recipe.seed, *names) for names in seeds]
-        inputs = [self.base[step.name].to(D), D] if "base" in method.needs else [D]
-        if "tuned" in method.needs:
-            keywords["tuned"] = torch.stack([task[step.name].to(D) for task in self.tasks.values()])
-        turned = use.turns(step.kind)
-        if turned:
-            inputs = [x.mT for x in inputs]
-            if "tuned" in keywords:
-                keywords["tuned"] = keywords["tuned"].mT
+        inputs, keywords = self._arguments(use, step, D)
         try:
-            result = method.function(*inputs, **keywords)
+            result = use.method.function(*inputs, **keywords, **answer)
         except MergeError as error:
-            raise MergeError(f"tensor '{step.name}', {method.name}: {error}") from error
+            raise MergeError(f"tensor '{step.name}', {use.name}: {error}") from error
         if not isinstance(result, Tensor):
-            raise MergeError(f"{method.name} returned {type(result).__name__}, not a tensor")
-        expected = inputs[-1] if purifies else inputs[-1][0]
-        if result.shape != expected.shape:
-            shape = f"the shape {tuple(result.shape)} for D {tuple(inputs[-1].shape)}"
-            raise MergeError(f"tensor '{step.name}': {method.name} returned {shape}")
-        return result.mT if turned else result
+            raise MergeError(f"{use.name} returned {type(result).__name__}, not a tensor")
+        given = inputs[-1]
+        if result.shape != (given if purifies else given[0]).shape:
+            shape = f"the shape {tuple(result.shape)} for D {tuple(given.shape)}"
+            raise MergeError(f"tensor '{step.name}': {use.name} returned {shape}")
+        return result.mT if use.sees_transposed(step.kind) else result
+
+    def _arguments(
+        self, use: Applied, step: Step, D: Tensor
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """What a method needs for one tensor: D, perhaps behind W0, and its options; see `Method.needs`."""
+        needs, seed = use.method.needs, self.recipe.seed
+        keywords: dict[str, Any] = use.clipped(D.shape[1:])
+        if "generator" in needs:
+            keywords["generator"] = named_generator(seed, step.name)
+        if "generators" in needs:
+            per_task = [named_generator(seed, task, step.name) for task in self.tasks]
+            keywords["generator"] = per_task
+        inputs = [self.base[step.name].to(D), D] if "base" in needs else [D]
+        if "tuned" in needs:
+            keywords["tuned"] = torch.stack([task[step.name].to(D) for task in self.tasks.values()])
+        if use.sees_transposed(step.kind):
+            inputs = [x.mT for x in inputs]
+            keywords |= {name: x.mT for name, x in keywords.items() if name == "tuned"}
+        return inputs, keywords
 
     def _survey(self, use: Applied, answers: Answers, part: _Part) -> dict[str, Tensor]:
         """What a method asks of the whole model, behind the purifiers before it; see `Method.survey`."""
@@ -356,20 +387,25 @@ class Merged(Mapping[str, Tensor]):
         """Sum of measure(D) over all tensors that a method treats, those of other processes too."""
         before, by_entry = self._uses[: len(answers)], use.method.acts_on == "entries"
 
-        def measured(name: str) -> Tensor:
+        share: dict[str, Tensor] = {}
+        lock = Lock()
+
+        def look(name: str) -> None:
             step = self.steps[name]
             blocks = self._task_matrices(step, before, answers, by_entry)
-            if use.turns(step.kind):
+            if use.sees_transposed(step.kind):
                 blocks = (D.mT for D in blocks)
-            return _added(map(measure, blocks))
-
-        share: dict[str, Tensor] = {}
-        values = self._run(measured, names, part.threads, part.room)
-        for name, value in zip(names, values, strict=True):
+            value = _added(measure(D).cpu() for D in blocks)
             # Whole numbers add up alike in any order, other numbers only in the order of names.
             key = name if value.is_floating_point() else ""
-            share[key] = share[key].add_(value) if key in share else value
-        found = (item for one in part.gather(share) for item in one.items())
+            with lock:
+                share[key] = share[key].add_(value) if key in share else value.to_dense()
+
+        for _ in self._run(look, names, part.threads, part.room):
+            pass
+        found = [item for one in part.gather(share) for item in one.items()]
+        if not found:
+            raise MergeError(f"{use.name} finds no tensor to look at in a first pass: see names")
         return _added(value for _, value in sorted(found, key=lambda item: item[0]))
 
     def _refuse_identical(self) -> None:
@@ -407,12 +443,22 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _joined(first: Tensor, parts: Iterable[Tensor], entries: int) -> Tensor:
+    """One vector of so many entries from its parts."""
+    whole = first.new_empty(entries)
+    end = 0
+    for part in (first, *parts):
+        whole[end : end + len(part)] = part
+        end += len(part)
+    return whole
+
+
 def _added(values: Iterable[Tensor]) -> Tensor:
-    """Sum of one tensor or more, a new tensor."""
+    """Sum of one tensor or more; a new one where there are several."""
     several = iter(values)
-    total = next(several).clone()
-    for value in several:
-        total.add_(value)
+    total = next(several)
+    for number, value in enumerate(several):
+        total = total.add_(value) if number else total.to_dense() + value
     return total
 
 
@@ -509,6 +555,7 @@ def sweep(
     scales: Iterable[float],
     *,
     progress: Progress = None,
+    shelf: Callable[[], Kept] = dict,
 ) -> Sweep:
     """Merge once, try many: score the merge at each scale and keep the best.
 
@@ -519,11 +566,12 @@ def sweep(
         score: of a model, name -> tensor; the higher the better.
         scales: to try.
         progress: called with (scales done, scales in all, text) after each.
+        shelf: makes the mapping in which merged task vectors are kept, see `Merged.at`.
 
     Raises:
         MergeError: no scale is given, or a score is NaN.
     """
-    candidates = {float(scale): merged.at(scale) for scale in scales}
+    candidates = {float(scale): merged.at(scale, shelf=shelf) for scale in scales}
     if not candidates:
         raise MergeError("no scale to try: give at least one")
     scores: dict[float, float] = {}

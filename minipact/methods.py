@@ -32,8 +32,8 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 Option = bool | int | float | str | None
 Options = Mapping[str, object]
 Measure = Callable[[Tensor], Tensor]
-Talk = Generator[Measure, Tensor, dict[str, Tensor]]
-Survey = Callable[..., Talk]
+SurveyPasses = Generator[Measure, Tensor, dict[str, Tensor]]
+Survey = Callable[..., SurveyPasses]
 
 # ---- Registry of methods -------------------------------------------------------------------------
 
@@ -61,8 +61,9 @@ class Method:
             generator for each task, as `generator`. Any other name comes from the survey.
         survey: a first pass over the model, a generator function that gets tasks=T, entries=d, the number
             of entries that the method treats, and those of the options that it has parameters for. Each
-            function of D [T, ...] that it yields is called on every tensor, the values are added up and
-            sent back; what it returns reaches `function` as keyword arguments.
+            function of D [T, ...] that it yields is called on every tensor, or for "entries" on blocks
+            [T, b] of it; the values, tensors dense or sparse, are added up and sent back. What it returns
+            reaches `function` as keyword arguments.
     """
 
     name: str
@@ -118,7 +119,7 @@ def register(method: Method) -> Method:
 
     Raises MergeError where another method has this name.
     """
-    if METHODS.get(method.name, method).function is not method.function:
+    if METHODS.get(method.name, method) != method:
         raise MergeError(f"a method called '{method.name}' is registered: choose another name")
     METHODS[method.name] = method
     return method
@@ -209,8 +210,12 @@ def named_generator(seed: int, *names: str) -> torch.Generator:
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; floating-point types of 8 bits too."""
-    if x.dtype.itemsize == 1:  # torch has no minimum of 8-bit floats
+    """Whether no entry is NaN or infinite, of any type."""
+    if x.is_complex():
+        return bool(x.isfinite().all())
+    if not x.is_floating_point():
+        return True
+    if x.itemsize == 1:  # torch has no minimum of 8-bit floats
         x = x.float()
     return not x.numel() or all(map(torch.isfinite, x.aminmax()))
 
@@ -245,8 +250,9 @@ def singular_triples(x: Tensor, tol: float, rank: Rank | None = None) -> Triples
     """U [m, k], S [k] descending, V [n, k] of x [m, n] in float64, on its range S > tol S_1.
 
     With a rank, only the leading triples. From tol 1e-6 on it goes by the eigenvectors of the smaller
-    Gram matrix, faster than an SVD; it squares the singular values, so it cannot serve smaller ones.
-    Raises MergeError where x holds NaN or infinity, or the rank is out of range.
+    Gram matrix, faster than an SVD; it squares the singular values, so it cannot serve smaller ones, and
+    U is orthonormal up to 1e-16 / tol^2 only. Raises MergeError where x holds NaN or infinity, or the rank
+    is out of range.
     """
     if x.shape[0] < x.shape[1]:
         v, s, u = singular_triples(x.mT, tol, rank)
@@ -318,14 +324,16 @@ def leading_triples(x: Tensor, rank: Rank, svd: str, generator: RNG) -> Triples:
     svd is "exact" or "randomized". Raises MergeError as `singular_triples` does.
     """
     check_known("svd", [svd], ("exact", "randomized"))
-    x, rank = widened(x), "none" if rank is None else rank  # None would mean all of them below
+    if rank is None:
+        raise MergeError("rank None does not fit here: give a count, a share or 'energy:0.85'")
+    x = widened(x)
     if svd == "randomized":
         return randomized_triples(x, direction_count(rank, min(x.shape)), generator)
     return singular_triples(x, roundoff(x.dtype), rank)
 
 
 def polar_factor(x: Tensor, tol: float) -> Tensor:
-    """U V^T of x = U S V^T on its numerical range: the nearest partial isometry.
+    """U V^T [m, c] of x [m, c] = U S V^T on its numerical range, in float64: the nearest partial isometry.
 
     Completing it to a full isometry would fill exactly the directions that PACT cleared.
     """
@@ -334,10 +342,11 @@ def polar_factor(x: Tensor, tol: float) -> Tensor:
 
 
 def span_basis(a: Tensor, tol: float) -> Tensor:
-    """Orthonormal basis of the columns of a [q, c] by rank: singular values above tol times the first.
+    """Orthonormal basis [q, r] in float64 of the columns of a [q, c], by rank.
 
-    A reduced QR of a wide, rank-deficient matrix would return a complete basis, and the filter delete
-    everything. A matrix of rounding size spans nothing.
+    Directions are kept whose singular values are above tol times the first. A reduced QR of a wide,
+    rank-deficient matrix would return a complete basis, and the filter delete everything. A matrix of
+    rounding size spans nothing.
     """
     if a.norm() <= 1e-6:
         return a[:, :0]
@@ -462,7 +471,8 @@ def pact(
             `generator`): within 1 % in Frobenius norm where spectra decay like 1/i, else less close.
 
     Returns [T, m, n] filtered task matrices in D's dtype; one task alone comes back unchanged. Raises
-    MergeError where shapes do not fit, W0 is zero, a rank is out of range, or an option is unknown.
+    MergeError where shapes do not fit or strength is out of range; with several tasks and a strength above
+    0 also where W0 is zero, a rank is out of range, or an option is unknown.
     """
     check_stack(D, W0)
     if not 0 <= strength <= 1:
@@ -518,12 +528,15 @@ def dare(
 
 @_method("rule", "entries", "Ilharco et al. 2023, arXiv 2212.04089", sum=0.3, mean=1.0)
 def task_arithmetic(D: Tensor, reduce: str = "sum") -> Tensor:
-    """The "sum" or "mean" of the task matrices D [T, ...] (Ilharco et al. 2023, section 2)."""
+    """The "sum" or "mean" of the task matrices D [T, ...] (Ilharco et al. 2023, section 2).
+
+    Raises MergeError for another `reduce`.
+    """
     check_known("reduce", [reduce], ("sum", "mean"))
     return D.sum(0) if reduce == "sum" else D.mean(0)
 
 
-def largest_magnitudes(tasks: int, entries: int, density: float) -> Talk:
+def largest_magnitudes(tasks: int, entries: int, density: float) -> SurveyPasses:
     """Survey of a stream of D [T, ...]: per task the int(density * entries)-th largest magnitude.
 
     Non-negative float32 numbers sort like their bit patterns. A first pass counts their upper 16 bits,
@@ -536,6 +549,7 @@ def largest_magnitudes(tasks: int, entries: int, density: float) -> Talk:
     ranks += max(1, int(density * entries + 1e-9))
     for half in ("upper", "lower"):
         counts = yield partial(_count_bit_patterns, half=half, upper=found)
+        counts = counts.view(tasks, 65536)
         reached = counts.flip(1).cumsum(1).flip(1)  # how many numbers lie in this bin or above
         digit = ((reached >= ranks[:, None]).sum(1) - 1).clamp(min=0)
         ranks = ranks - (reached - counts).gather(1, digit[:, None])[:, 0]
@@ -544,22 +558,30 @@ def largest_magnitudes(tasks: int, entries: int, density: float) -> Talk:
 
 
 def _count_bit_patterns(D: Tensor, half: str, upper: Tensor) -> Tensor:
-    """How often each pattern of 16 bits occurs among the magnitudes of each task, [T, 65536].
+    """How often each pattern of 16 bits occurs among the magnitudes of each task, [T * 65536].
 
-    Of the lower half only where the upper one is as given, [T].
+    Of the lower half only where the upper one is as given, [T]. Sparse where D [T, ...] has few entries, as
+    a table for each of thousands of small tensors would take longer than all else.
     """
-    counts = []
-    for t, bits in enumerate(D.abs().float().reshape(len(D), -1).view(torch.int32)):
-        digits = bits >> 16
-        if half == "lower":
-            digits = (bits & 0xFFFF)[digits == int(upper[t])]
-        counts.append(torch.bincount(digits, minlength=65536))
-    return torch.stack(counts).cpu()
+    bits = D.abs().float().reshape(len(D), -1).view(torch.int32)
+    counts = [_of_half(row, half, int(upper[t])) for t, row in enumerate(bits)]
+    if bits.shape[1] >= 8192:
+        return torch.stack([torch.bincount(x, minlength=65536) for x in counts]).flatten().cpu()
+    bins = torch.cat([x.long() + 65536 * t for t, x in enumerate(counts)]).cpu()
+    ones = torch.ones(len(bins), dtype=torch.int64)
+    return torch.sparse_coo_tensor(bins[None], ones, (65536 * len(D),), check_invariants=False)
 
 
-def _over_the_model(
+def _of_half(bits: Tensor, half: str, upper: int) -> Tensor:
+    """The upper 16 of 32 bits, or the lower 16 of those whose upper ones are as given."""
+    if half == "upper":
+        return bits >> 16
+    return (bits & 0xFFFF)[bits >> 16 == upper]
+
+
+def ties_survey(
     *, tasks: int, entries: int, density: float, reduce: str, scope: str = "global"
-) -> Talk:
+) -> SurveyPasses:
     """Survey of TIES: one magnitude per task over the whole model, none with scope="tensor"."""
     check_known("ties scope", [scope], ("global", "tensor"))
     if scope == "tensor":
@@ -567,16 +589,16 @@ def _over_the_model(
     return (yield from largest_magnitudes(tasks, entries, density))
 
 
-def run_survey(talk: Talk, stream: Callable[[Measure], Tensor]) -> dict[str, Tensor]:
+def run_survey(passes: SurveyPasses, stream: Callable[[Measure], Tensor]) -> dict[str, Tensor]:
     """Result of a survey; stream(measure) adds up a function's values over all D of a model."""
-    answer: dict[str, Tensor]
-    try:
-        measure = next(talk)
-        while True:
-            measure = talk.send(stream(measure))
-    except StopIteration as end:
-        answer = end.value
-    return answer
+    total = None
+    while True:
+        try:
+            measure = passes.send(total) if total is not None else next(passes)
+        except StopIteration as end:
+            result: dict[str, Tensor] = end.value
+            return result
+        total = stream(measure)
 
 
 @_method(
@@ -584,7 +606,7 @@ def run_survey(talk: Talk, stream: Callable[[Measure], Tensor]) -> dict[str, Ten
     "entries",
     "Yadav et al. 2023, arXiv 2306.01708",
     "thresholds",
-    survey=_over_the_model,
+    survey=ties_survey,
     mean=1.0,
     sum=0.3,
 )
@@ -602,7 +624,7 @@ def ties(
     check_known("reduce", [reduce], ("mean", "sum", "max"))
     if thresholds is None:
         survey = largest_magnitudes(len(D), D[0].numel(), density)
-        thresholds = run_survey(survey, lambda measure: measure(D))["thresholds"]
+        thresholds = run_survey(survey, lambda measure: measure(D).to_dense())["thresholds"]
     floor = thresholds.to(D.device).view(-1, *[1] * (D.ndim - 1))
     trimmed = torch.where(D.abs().float() >= floor, D, 0)
     sign = trimmed.sum(0).sign()

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minipact.checkpoints import DTYPES, INDEX, JOURNAL, PICKLES
@@ -305,6 +308,41 @@ def save_checkpoint(
         return output.commit(finish=finish)
     finally:
         output.close(keep=False)
+
+
+class Shelf(MutableMapping[str, Tensor | None]):
+    """Tensors by name, or None, kept in files below a folder and read by mapping them into memory.
+
+    Several threads may use it. The files stay until the folder goes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = Path(tempfile.mkdtemp(dir=folder))
+        self._files: dict[str, Path | None] = {}
+        self._numbers = itertools.count()
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        file = self._files[name]
+        return None if file is None else load_file(file)["x"]
+
+    def __setitem__(self, name: str, x: Tensor | None) -> None:
+        if x is None:
+            self._files[name] = None
+            return
+        file = self._folder / f"{next(self._numbers)}.safetensors"
+        save_file({"x": x.contiguous()}, file)
+        self._files[name] = file
+
+    def __delitem__(self, name: str) -> None:
+        file = self._files.pop(name)
+        if file is not None:
+            file.unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 class _Shard:

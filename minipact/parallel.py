@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from minipact.errors import MergeError
+
 Result = TypeVar("Result")
 
 
@@ -28,10 +30,15 @@ def in_threads(
     and do not depend on the number of threads.
 
     Args:
-        workers: number of threads.
+        workers: number of threads; each has one core, which torch's operations then keep to.
         size: entries of the tensor of a name.
         room: entries that the tensors in work may have together; a larger one is worked on alone.
+
+    Raises MergeError for less than one worker.
     """
+    if workers < 1:
+        raise MergeError(f"threads={workers} must be 1 or more")
+    before = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     running: deque[tuple[int, Future[Result]]] = deque()
     try:
@@ -47,6 +54,7 @@ def in_threads(
             yield running.popleft()[1].result()
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what has not begun
+        torch.set_num_threads(before)
 
 
 def cores() -> int:

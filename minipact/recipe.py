@@ -18,6 +18,7 @@ from minipact.methods import METHODS, Function, Method, Options
 Use = str | Function | Method
 Policy = Callable[[str, Tensor], str]
 Globs = str | Sequence[str] | None
+Table = tuple[tuple[str, str], ...]
 VECTORS = ("auto", "rule", "mean", "copy")
 KINDS_OF_TENSOR = ("matrix", "matrix_T", "vector", "copy")
 
@@ -36,8 +37,8 @@ class Recipe:
         vectors: "auto", "rule", "mean", "copy", or a factor of the sum of the task vectors.
         weights: task name -> factor; None is 1 each.
         include, exclude: globs of tensor names.
-        policy: glob -> "matrix", "matrix_T", "vector" or "copy", the first that matches, before the default
-            policy; or a function (name, tensor) -> kind in its place.
+        policy: pairs, or a mapping, glob -> "matrix", "matrix_T", "vector" or "copy"; the first glob that
+            matches counts, then the default policy. Or a function (name, tensor) -> kind in its place.
         dtype: name of the result's floating-point type, "bfloat16" for one; None keeps the base's.
         seed: of all random numbers.
     """
@@ -50,7 +51,7 @@ class Recipe:
     weights: Mapping[str, float] | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    policy: Mapping[str, str] | Policy = field(default_factory=dict)
+    policy: Table | Policy = ()
     dtype: str | None = None
     seed: int = 0
 
@@ -65,8 +66,8 @@ class Recipe:
         settle("options", _options(self.options))
         settle("dtype", dtype_name(self.dtype))
         if not callable(self.policy):
-            settle("policy", _pairs(self.policy, "policy"))
-            check_known("policy", self.policy.values(), KINDS_OF_TENSOR)
+            settle("policy", as_table(self.policy))
+            check_known("policy", [kind for _, kind in self.policy], KINDS_OF_TENSOR)
         if self.weights is not None:
             table = _table(self.weights, "weights")
             weights = {str(name): as_number(f"weights: '{name}'", x) for name, x in table.items()}
@@ -99,12 +100,9 @@ class Recipe:
         found = self.keywords()
         found["rule"] = _name(self.rule, "rule")
         found["purify"] = [_name(method, "purifier") for method in self.purify]
-        found["policy"] = list(
-            self.policy.items()
-        )  # the order counts, which JSON's objects do not keep
         try:
-            as_json: dict[str, Any] = json.loads(json.dumps(found))
-        except TypeError as error:
+            as_json: dict[str, Any] = json.loads(json.dumps(found, allow_nan=False))
+        except (TypeError, ValueError) as error:
             raise MergeError(f"the recipe has no JSON: {error}") from error
         return as_json
 
@@ -165,22 +163,25 @@ def as_globs(given: object, what: str) -> tuple[str, ...]:
 
 def _options(given: Mapping[str, Options]) -> dict[str, Options]:
     return {
-        name: {option: _hashable(x) for option, x in _table(options, f"options: {name}").items()}
+        name: {option: _as_tuple(x) for option, x in _table(options, f"options: {name}").items()}
         for name, options in _table(given, "options").items()
     }
 
 
-def _hashable(x: object) -> object:
+def _as_tuple(x: object) -> object:
     return tuple(x) if isinstance(x, list) else x
 
 
-def _pairs(given: object, what: str) -> dict[str, Any]:
-    """A mapping, from one or from a list of pairs as JSON holds it."""
-    if not isinstance(given, list | tuple):
-        return dict(_table(given, what))
-    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in given):
-        raise MergeError(f"{what} must be a mapping or pairs, not {given!r}")
-    return {str(key): value for key, value in given}
+def as_table(given: object) -> Table:
+    """Pairs (glob, kind) of a policy, from a mapping or from pairs; their order counts."""
+    if given is None:
+        return ()
+    pairs = list(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, list | tuple) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+    ):
+        raise MergeError(f"policy must be a mapping glob -> kind, not {given!r}")
+    return tuple((str(glob), str(kind)) for glob, kind in pairs)
 
 
 def _table(given: object, what: str) -> Mapping[str, Any]:
@@ -201,7 +202,7 @@ def dtype_name(dtype: str | torch.dtype | None) -> str | None:
         raise MergeError(
             f"dtype {name!r} is no floating-point type: use float32, bfloat16, float16, ..."
         )
-    return name
+    return str(found).removeprefix("torch.")  # "half" is float16
 
 
 def as_number(what: str, x: Any) -> float:

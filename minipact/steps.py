@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minipact.errors import MergeError, check_known, listing
 from minipact.methods import RANK_OPTIONS, SUPPLIED, Method, Options, find_method, parameters_of
-from minipact.recipe import KINDS_OF_TENSOR, Policy, Recipe, as_globs
+from minipact.recipe import KINDS_OF_TENSOR, Policy, Recipe, Table, as_globs
 from minipact.tensors import State, States, meta_of
 
 Tasks = Sequence[State] | States
@@ -106,6 +106,8 @@ class Applied:
     def clipped(self, shape: Sequence[int]) -> dict[str, object]:
         """The function's options, with counts of directions cut to a small matrix' min(m, n)."""
         options = self.taken_by(self.method.function)
+        if self.method.acts_on != "matrix":
+            return options
         for name in RANK_OPTIONS:
             count = options.get(name)
             if isinstance(count, int):
@@ -117,7 +119,7 @@ class Applied:
         fits = self.method.acts_on != "matrix" or kind.startswith("matrix")
         return fits and kind != "copy" and _matches(name, self.scope)
 
-    def turns(self, kind: str) -> bool:
+    def sees_transposed(self, kind: str) -> bool:
         """Whether it sees tensors of this kind transposed: inputs are the columns of what it clears."""
         method = self.method
         return kind == "matrix_T" and (method.kind, method.acts_on) == ("purifier", "matrix")
@@ -142,7 +144,10 @@ def _refuse_idle_globs(globs: Iterable[str], names: Iterable[str], what: str) ->
 
 
 def named_tasks(tasks: Tasks) -> dict[str, State]:
-    """Tasks by name: sorted where the caller named them, else numbered from '0'."""
+    """Tasks by name: sorted where the caller named them, else numbered from '0'.
+
+    Raises MergeError unless there is one at least, and all are mappings.
+    """
     pairs = sorted(tasks.items()) if isinstance(tasks, Mapping) else enumerate(tasks)
     named = {str(name): task for name, task in pairs}
     if not named or not all(isinstance(task, Mapping) for task in named.values()):
@@ -151,7 +156,7 @@ def named_tasks(tasks: Tasks) -> dict[str, State]:
 
 
 def refuse_mismatches(base: State, tasks: States) -> None:
-    """One message with everything that keeps the models from being compared."""
+    """Raise MergeError, one message with everything that keeps the models from being compared."""
     problems = [text for name, task in tasks.items() for text in mismatches(base, name, task)]
     if problems:
         raise MergeError("\n".join(problems))
@@ -175,21 +180,30 @@ def mismatches(base: State, label: str, task: State) -> list[str]:
 
 
 def weights_by_name(weights: Factors, tasks: Tasks, named: States) -> dict[str, float]:
-    """The factor of each task vector, 1 where none is given; a list is in the order of the tasks given."""
+    """The factor of each task vector, 1 where none is given; a list is in the order of the tasks given.
+
+    Raises MergeError unless there is one factor for each task.
+    """
     if weights is None:
         return dict.fromkeys(named, 1.0)
     names = tasks if isinstance(tasks, Mapping) else named
+    problem = MergeError(f"weights must give one number for each of {listing(named)}")
     if isinstance(weights, Mapping):
         pairs = {str(name): x for name, x in weights.items()}
+    elif isinstance(weights, Sequence) and len(weights) == len(named):
+        pairs = dict(zip(map(str, names), weights, strict=True))
     else:
-        pairs = dict(zip(map(str, names), weights, strict=False))
-    if len(weights) != len(named) or pairs.keys() != named.keys():
-        raise MergeError(f"weights must give one number for each of {listing(named)}")
+        raise problem
+    if pairs.keys() != named.keys():
+        raise problem
     return {name: pairs[name] for name in named}
 
 
 def applied_methods(recipe: Recipe, base: State) -> tuple[Applied, ...]:
-    """Purifiers in order, then the rule, with their options checked by name."""
+    """Purifiers in order, then the rule, with their options checked by name.
+
+    Raises MergeError where one is unknown or stands twice, or an option or scope is idle or unknown.
+    """
     methods = [find_method(purifier, "purifier") for purifier in recipe.purify]
     methods.append(find_method(recipe.rule, "rule"))
     for name in {method.name for method in methods}:
@@ -212,32 +226,35 @@ def _applied(method: Method, given: Options, base: State) -> Applied:
     return Applied(method, options, scope or ("*",))
 
 
-def kinds_of(recipe: Recipe, base: State) -> dict[str, str]:
-    """Kind of each tensor: by the policy where the merge touches it, else "copy"."""
+def kinds_of(recipe: Recipe, metas: State) -> dict[str, str]:
+    """Kind of each tensor: by the policy where the merge touches it, else "copy".
+
+    `metas` has the shapes and types of the base. Raises MergeError where a glob matches nothing, or the
+    policy names an unknown kind, or a matrix that is none.
+    """
     for what in ("include", "exclude"):
-        _refuse_idle_globs(getattr(recipe, what), base, what)
+        _refuse_idle_globs(getattr(recipe, what), metas, what)
     if not callable(recipe.policy):
-        _refuse_idle_globs(recipe.policy, base, "policy")
-    kinds = {}
-    for name in base:
-        tensor = meta_of(base, name)
-        wanted = _matches(name, recipe.include or ("*",)) and not _matches(name, recipe.exclude)
-        if not wanted or not tensor.is_floating_point():
-            kinds[name] = "copy"
-            continue
-        kinds[name] = _kind(name, tensor, recipe.policy)
-        if kinds[name].startswith("matrix") and tensor.ndim != 2:
-            shape = tuple(tensor.shape)
-            raise MergeError(f"policy: '{name}' of shape {shape} cannot be a {kinds[name]}")
-    return kinds
+        _refuse_idle_globs([glob for glob, _ in recipe.policy], metas, "policy")
+    return {name: _kind(name, tensor, recipe) for name, tensor in metas.items()}
 
 
-def _kind(name: str, tensor: Tensor, policy: Mapping[str, str] | Policy) -> str:
+def _kind(name: str, tensor: Tensor, recipe: Recipe) -> str:
+    wanted = _matches(name, recipe.include or ("*",)) and not _matches(name, recipe.exclude)
+    if not wanted or not tensor.is_floating_point():
+        return "copy"
+    kind = _by_policy(name, tensor, recipe.policy)
+    check_known(f"policy for '{name}'", [kind], KINDS_OF_TENSOR)
+    if kind.startswith("matrix") and tensor.ndim != 2:
+        shape = tuple(tensor.shape)
+        raise MergeError(f"policy: '{name}' of shape {shape} cannot be a {kind}")
+    return kind
+
+
+def _by_policy(name: str, tensor: Tensor, policy: Table | Policy) -> str:
     if callable(policy):
-        kind = policy(name, tensor)
-        check_known(f"policy for '{name}'", [kind], KINDS_OF_TENSOR)
-        return kind
-    for glob, kind in policy.items():
+        return policy(name, tensor)
+    for glob, kind in policy:
         if fnmatchcase(name, glob):
             return kind
     return default_policy(name, tensor)
@@ -262,7 +279,7 @@ def step_of(name: str, x: Tensor, kind: str, uses: Sequence[Applied], vectors: s
 
 
 def check_work(use: Applied, steps: Iterable[Step]) -> None:
-    """A purifier must find tensors, and a count of directions must fit one of them at least."""
+    """Raise MergeError where a purifier finds no tensor, or a count of directions fits none of them."""
     steps, name = list(steps), use.name
     sizes = [min(s.shape, default=1) for s in steps if name in (*s.purify, s.rule)]
     idle = use.method.kind == "purifier" or all(s.rule == "copy" for s in steps)
@@ -270,6 +287,8 @@ def check_work(use: Applied, steps: Iterable[Step]) -> None:
         raise MergeError(
             f"{name} has no tensor to work on: see scope, include, exclude and vectors"
         )
+    if use.method.acts_on != "matrix":
+        return
     for option in RANK_OPTIONS:
         rank, most = use.options.get(option), max(sizes, default=math.inf)
         if isinstance(rank, int) and rank > most:
@@ -287,7 +306,10 @@ def decided_vectors(
 
 
 def decided_scale(scale: float | None, uses: Sequence[Applied]) -> tuple[float, tuple[str, ...]]:
-    """The scale to use, and what the user should know about it."""
+    """The scale to use, and what the user should know about it.
+
+    Raises MergeError where none is given, and the rule recommends none for its option `reduce`.
+    """
     *purifiers, rule = uses
     if scale is not None:
         return float(scale), ()

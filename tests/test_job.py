@@ -15,6 +15,7 @@ from helpers import contents, fails, same, small_model
 from minipact import card, job
 from minipact.__main__ import main
 from minipact.checkpoints import open_checkpoint, sha256
+from minipact.output import Shelf
 
 TASKS = ("cars", "signs")
 
@@ -386,7 +387,7 @@ def test_scales_and_scores_that_do_not_go(
 
 
 def test_a_shelf_keeps_tensors_and_nothing(tmp_path: Path):
-    shelf = job.Shelf(tmp_path / "shelf")
+    shelf = Shelf(tmp_path)
     x = torch.randn(3, 4).mT
     shelf["x"], shelf["none"] = x, None
     assert torch.equal(shelf["x"], x)
@@ -394,7 +395,7 @@ def test_a_shelf_keeps_tensors_and_nothing(tmp_path: Path):
     assert list(shelf) == ["x", "none"]
     del shelf["x"]
     assert len(shelf) == 1
-    assert not list((tmp_path / "shelf").iterdir())
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 # ---- The way in ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 import minipact as mp
 from helpers import flat, normal, same, single, small_model
 from minipact import tensors
-from minipact.methods import Talk
+from minipact.methods import SurveyPasses
 from minipact.parallel import in_threads
 
 RULES = ("task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts")
@@ -724,10 +724,7 @@ def test_what_is_excluded_may_be_infinite():
             "pact scope must be a glob .* not 3",
         ),
         ({"include": 3}, "include must be a glob of tensor names or several, not 3"),
-        (
-            {"purify": "pact", "options": {"pact": {"core": None}}},
-            "^pact: rank 'none' does not fit",
-        ),
+        ({"purify": "pact", "options": {"pact": {"core": None}}}, "^pact: rank None does not fit"),
         ({"exclude": "*"}, "task_arithmetic has no tensor to work on"),
     ],
 )
@@ -761,7 +758,7 @@ def test_overflow_of_the_output_is_told():
 # ---- Surveys and processes -----------------------------------------------------------------------
 
 
-def spread(*, tasks: int, entries: int) -> Talk:
+def spread(*, tasks: int, entries: int) -> SurveyPasses:
     """Standard deviation of each task's entries over the model, by two passes over the stream."""
     total = yield lambda D: D.double().reshape(tasks, -1).sum(1)
     mean = total / entries
@@ -776,7 +773,7 @@ def standardized(D: Tensor, *, deviation: Tensor) -> Tensor:
     return (D / deviation.view(-1, *[1] * (D.ndim - 1))).sum(0).to(D)
 
 
-def single_sum(*, tasks: int, entries: int) -> Talk:
+def single_sum(*, tasks: int, entries: int) -> SurveyPasses:
     """In float32, where the order of summation shows."""
     return {"total": (yield lambda D: D.sum().float())}
 
@@ -811,7 +808,7 @@ def test_a_survey_sees_what_the_purifiers_left():
 
 
 def test_a_purifier_surveys_matrices_the_way_it_sees_them():
-    def shapes(*, tasks: int, entries: int) -> Talk:
+    def shapes(*, tasks: int, entries: int) -> SurveyPasses:
         return {"rows": (yield lambda D: torch.tensor(D.shape[1]))}
 
     def checked(W0: Tensor, D: Tensor, *, tuned: Tensor, rows: Tensor) -> Tensor:
@@ -927,7 +924,7 @@ def test_sums_over_processes_go_by_name():
 def test_the_first_pass_runs_once():
     passes = []
 
-    def survey(*, tasks: int, entries: int) -> Talk:
+    def survey(*, tasks: int, entries: int) -> SurveyPasses:
         passes.append(entries)
         yield lambda D: torch.zeros(1)
         return {}

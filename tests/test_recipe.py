@@ -155,7 +155,7 @@ def test_own_functions_have_no_json(recipe: dict, message: str):
         ({"weights": {"a": math.nan}}, "weights: 'a' nan must be a number"),
         ({"include": 5}, "include must be a glob of tensor names or several, not 5"),
         ({"exclude": [1]}, r"exclude must be a glob of tensor names or several, not \[1\]"),
-        ({"policy": "matrix"}, "policy must be a mapping, not 'matrix'"),
+        ({"policy": "matrix"}, "policy must be a mapping glob -> kind, not 'matrix'"),
         ({"policy": {"*": 5}}, "policy '5' is unknown: use 'matrix'"),
         ({"policy": {"*": "tensor"}}, "policy 'tensor' is unknown"),
         ({"dtype": "int8"}, "dtype 'int8' is no floating-point type"),
