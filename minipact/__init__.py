@@ -10,7 +10,7 @@ ROOMS = {  # room -> names; __init__.pyi says the same to type checkers
     "diagnostics": "ablate_subspace axis_profile hidden_interference intrusion_energy lbw_basis "
     "lbw_similarity random_subspace shield_basis singular_task_interference",
     "errors": "CheckpointError MergeError",
-    "job": "merge_files",
+    "job": "merge_files recorded",
     "lbw_weights": "LBWMasks benjamini_hochberg cohens_d enrichment lbw_mask overwrite permutation_test",
     "merging": "METHODS Merged Sweep merge sweep",
     "methods": "Method Walls dare iso_c iso_cts load_bearing_walls pact register sift task_arithmetic "

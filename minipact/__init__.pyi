@@ -14,6 +14,7 @@ from minipact.diagnostics import singular_task_interference as singular_task_int
 from minipact.errors import CheckpointError as CheckpointError
 from minipact.errors import MergeError as MergeError
 from minipact.job import merge_files as merge_files
+from minipact.job import recorded as recorded
 from minipact.lbw_weights import LBWMasks as LBWMasks
 from minipact.lbw_weights import benjamini_hochberg as benjamini_hochberg
 from minipact.lbw_weights import cohens_d as cohens_d

@@ -23,9 +23,8 @@ from minipact.errors import CheckpointError, MergeError
 from minipact.version import __version__
 
 if TYPE_CHECKING:
-    from minipact.job import Job
+    from minipact.job import Job, Tasks
     from minipact.merging import Progress
-    from minipact.methods import Rank
     from minipact.recipe import Recipe
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
@@ -207,19 +206,11 @@ def _named(texts: Iterable[str]) -> dict[str, Path]:
     return named
 
 
-def _value(text: str) -> bool | int | float | str | None:
+def _value(text: str) -> Any:
     """true, false, none, a number, else the text itself."""
     words = {"true": True, "false": False, "none": None, "null": None}
     if text.lower() in words:
         return words[text.lower()]
-    for number in (int, float):
-        with contextlib.suppress(ValueError):
-            return number(text)
-    return text
-
-
-def _rank(text: str) -> Rank:
-    """A count, a share, or text such as energy:0.85."""
     for number in (int, float):
         with contextlib.suppress(ValueError):
             return number(text)
@@ -440,54 +431,20 @@ def _scales(arguments: argparse.Namespace) -> list[float]:
 def _recorded(
     arguments: argparse.Namespace, device: str
 ) -> tuple[dict[str, Path], Recipe, list[str]]:
-    """What a record says, with the files given matched to it by their SHA-256."""
-    from minipact.card import read_record
-    from minipact.job import match_inputs
-    from minipact.recipe import Recipe
+    """What a record says, with the files given matched to it; other options would contradict it."""
+    from minipact.job import recorded
 
-    record = read_record(arguments.recipe)
-    if "not repeatable" in record["recipe"]:
-        raise UsageError(f"{arguments.recipe}: {record['recipe']['not repeatable']}")
-    recipe = Recipe.from_dict(record["recipe"])
-    _refuse_foreign_code(arguments, recipe)
-    given = [f"--{name}" for name in RECIPE if getattr(arguments, name) is not None]
-    own_code = {"--rule", "--purify"} if _code(recipe) else set()
-    if clash := [option for option in given if option not in own_code]:
+    code = [name for name in (arguments.rule, *_purifiers(arguments)) if name and ":" in name]
+    methods = {"rule", "purify"} if code else set()
+    given = [name for name in RECIPE if getattr(arguments, name) is not None]
+    if clash := [f"--{name}" for name in given if name not in methods]:
         raise UsageError(f"--recipe says it all: leave out {' '.join(clash)}")
-    if "inputs" not in record:
-        return _named(arguments.tasks), recipe, []
-    paths = [path for text in arguments.tasks for path in _named([text]).values()]
-    return match_inputs(record, arguments.base, paths), recipe, _differences(record, device)
-
-
-def _code(recipe: Recipe) -> list[str]:
-    """Methods of a recipe that are to be imported from elsewhere."""
-    return [str(method) for method in (*recipe.purify, recipe.rule) if ":" in str(method)]
-
-
-def _refuse_foreign_code(arguments: argparse.Namespace, recipe: Recipe) -> None:
-    """A record, which may come with a model from anywhere, must not have code run that nobody named."""
-    named = {arguments.rule, *_purifiers(arguments)}
-    for method in _code(recipe):
-        if method not in named:
-            option = "--rule" if method == recipe.rule else "--purify"
-            raise UsageError(
-                f"{arguments.recipe} runs {method}: if you trust it, add {option} {method}"
-            )
-
-
-def _differences(record: Mapping[str, Any], device: str) -> list[str]:
-    """What may keep the bytes from being the same again."""
-    import torch
-
-    now = {"minipact": __version__, "torch": str(torch.__version__)}
-    then = record.get("versions", {})
-    notes = [f"recorded with {name} {then[name]}, this is {now[name]}: last bits may differ"
-             for name in now if name in then and then[name] != now[name]]  # fmt: skip
-    kind = torch.device(device).type
-    if record.get("device", kind) != kind:
-        notes.append(f"recorded on {record['device']}, this is {kind}: last bits may differ")
-    return notes
+    named = [pair for text in arguments.tasks for pair in _named([text]).items()]
+    tasks: Tasks = dict(named)
+    if len(tasks) < len(named):  # names do not matter where inputs are matched by hash
+        tasks = [path for _, path in named]
+    found = recorded(arguments.recipe, arguments.base, tasks, trust=code, device=device)
+    return found.tasks, found.recipe, found.notes
 
 
 def _peak_memory_mb() -> int:
@@ -565,7 +522,7 @@ def _xray(arguments: argparse.Namespace) -> int:
     tasks = {name: open_checkpoint(path) for name, path in paths.items()}
     with _progress(arguments) as progress:
         report = xray(
-            base, tasks, core=_rank(arguments.core), task=_rank(arguments.task), tol=arguments.tol,
+            base, tasks, core=_value(arguments.core), task=_value(arguments.task), tol=arguments.tol,
             svd=arguments.svd, include=arguments.include, exclude=arguments.exclude, device=device,
             seed=arguments.seed, progress=progress,
         )  # fmt: skip

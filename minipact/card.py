@@ -52,7 +52,7 @@ def agreed(key: str, inputs: Mapping[str, Path]) -> tuple[str | None, str]:
     return found.popitem()[1], ""
 
 
-def write_card(
+def card_text(
     record: Record,
     folder: Path,
     *,
@@ -97,12 +97,19 @@ def write_card(
         lines = [f"| {scale:g} | {score:g} |" for scale, score in scores.items()]
         table = "\n".join(["| scale | score |", "|---|---|", *lines])
         sections.append(f"## Scales tried\n\n{table}\n\nTaken: {chosen:g}.")
-    sections += [
-        "## The merge\n\nThe same again, from the same files wherever they are:\n\n"
-        f"```\nminipact merge BASE TASK... -o OUT --recipe {CARD}\n```",
-        f"```json\n{json.dumps(record, indent=2, sort_keys=True)}\n```",
-    ]
+    sections.append(f"## The merge\n\n{_repeating(record['recipe'])}")
+    sections.append(f"```json\n{json.dumps(record, indent=2, sort_keys=True)}\n```")
     return "\n\n".join(sections) + "\n"
+
+
+def _repeating(recipe: Mapping[str, Any]) -> str:
+    """How to merge the same again; code of one's own must be named once more."""
+    if "not repeatable" in recipe:
+        return f"It cannot be repeated from this card: {recipe['not repeatable']}."
+    named = [("--purify", name) for name in recipe["purify"]] + [("--rule", recipe["rule"])]
+    code = "".join(f" {option} {name}" for option, name in named if ":" in name)
+    command = f"minipact merge BASE TASK... -o OUT --recipe {CARD}{code}"
+    return f"The same again, from the same files wherever they are:\n\n```\n{command}\n```"
 
 
 def _cell(text: str) -> str:

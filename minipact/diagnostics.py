@@ -156,7 +156,8 @@ def axis_profile(
     """Share of each task matrix on every single core direction, [T, K] in float64.
 
     ||D_t v_i||^2 / ||D_t||_F^2 for the leading right singular vectors v_i of W0; rows sum to
-    `intrusion_energy`. Keywords and errors as in `pact`.
+    `intrusion_energy`. Keywords and errors as in `pact`. Source: Shi et al. 2026 (arXiv 2606.18627),
+    released analysis.
     """
     check_stack(D, W0)
     if not is_finite(D):
@@ -173,7 +174,8 @@ def axis_profile(
 def ablate_subspace(X: Tensor, basis: Tensor) -> Tensor:
     """X [..., m, n] without what it does on the span of an orthonormal basis P [n, p]: X - X P P^T.
 
-    In X's dtype. X is an update, or a whole weight. Raises MergeError where the shapes do not fit or the
+    In X's dtype. X is an update, as in the released analysis of Shi et al. 2026 (arXiv 2606.18627), or a
+    whole weight. Raises MergeError where the shapes do not fit or the
     basis is not orthonormal.
     """
     if basis.ndim != 2 or basis.shape[0] != X.shape[-1]:
@@ -188,7 +190,8 @@ def ablate_subspace(X: Tensor, basis: Tensor) -> Tensor:
 def random_subspace(avoid: Tensor, size: int, *, generator: RNG = None) -> Tensor:
     """Random orthonormal basis [n, size] in float64, orthogonal to the orthonormal columns of `avoid` [n, K].
 
-    The control of a subspace ablation: as many directions, but none of the core.
+    The control of a subspace ablation: as many directions, but none of the core; as in the released
+    analysis of Shi et al. 2026 (arXiv 2606.18627).
 
     Raises:
         MergeError: fewer than `size` directions are left.

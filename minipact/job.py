@@ -14,8 +14,8 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from minipact import distributed
 from minipact.adapters import Adapter, adapter_files, is_adapter, open_adapter
-from minipact.card import CARD, Record, agreed, write_card
+from minipact.card import CARD, Record, agreed, card_text, read_record
 from minipact.checkpoints import Checkpoint, open_checkpoint, sha256
 from minipact.errors import CheckpointError, MergeError, listing
 from minipact.merging import Merged, Progress, Sweep, sweep
@@ -82,7 +82,8 @@ def merge_files(
         max_shard_size: of a folder's files; open_clip folders hold one file.
         overwrite: replace an existing output. resume: go on with an interrupted run of the same recipe.
         scales, score: merge once, write a candidate for each scale, and keep that of the highest
-            score(path of the candidate).
+            score(path of the candidate). Beside the output this takes room on the disk for the merged
+            task vectors in float32 and for one candidate, until the end; one process, no resume.
         base_model, license: of the card; None takes what the inputs' own cards agree on.
         progress: called with (done, in all, name) after each tensor, and after each scale.
 
@@ -94,7 +95,8 @@ def merge_files(
 
     Raises:
         CheckpointError: an input or the output cannot be; the message says which and how to go on.
-        MergeError: the models or the recipe do not fit, likewise.
+        MergeError: the models or the recipe do not fit, likewise; scales without a score, with resume or
+            under torchrun.
         OSError: the disk is full or fails. In every case there is no output.
     """
     started = time.perf_counter()
@@ -183,7 +185,7 @@ class Job:
         """What the result depends on, without paths; SHA-256 of the inputs if known."""
         found: Record = {
             "recipe": _fields(self.merged.recipe),
-            "versions": {"minipact": __version__, "torch": torch.__version__},
+            "versions": _versions(),
             "device": torch.device(self.merged.device).type,
         }
         if sums is not None:
@@ -286,19 +288,60 @@ def _of_first_names(
     return tuple(found)
 
 
-def match_inputs(record: Record, base: Path, tasks: Iterable[Path]) -> dict[str, Path]:
-    """The tasks of a record among these files and folders, by SHA-256: name -> path.
+@dataclass(frozen=True)
+class Recorded:
+    """A merge to repeat: tasks by name, the recipe, and what may keep the bytes from being alike."""
 
-    Raises CheckpointError where the base, or any task, is not the one recorded, or one is missing.
+    tasks: dict[str, Path]
+    recipe: Recipe
+    notes: list[str]
+
+
+def recorded(
+    record: PathLike,
+    base: PathLike,
+    tasks: Tasks,
+    *,
+    trust: Collection[str] = (),
+    device: str = "cpu",
+) -> Recorded:
+    """What a record says, for `merge_files(base, found.tasks, output, found.recipe)`.
+
+    Args:
+        record: a model card or its folder, a merged .safetensors file, or JSON; a recipe alone will do.
+        base, tasks: the files, under any name and in any order; they are matched by their SHA-256. With a
+            recipe alone the tasks keep their names.
+        trust: "package.module:function" of those methods that may be imported. A record, which may come
+            with a model from anywhere, has no other code run.
+        device: where the merge is to be.
+
+    Raises:
+        CheckpointError: there is no record, or an input is not the one recorded, or is missing.
+        MergeError: the recipe cannot be read or repeated, or names a method that is not trusted.
     """
-    inputs = record["inputs"]
+    found = read_record(Path(record))
+    if "not repeatable" in found["recipe"]:
+        raise MergeError(f"{record}: {found['recipe']['not repeatable']}")
+    recipe = Recipe.from_dict(found["recipe"])
+    for method, option in [*((p, "--purify") for p in recipe.purify), (recipe.rule, "--rule")]:
+        if ":" in str(method) and method not in trust:
+            raise MergeError(f"{record} runs {method}: if you trust it, add {option} {method}")
+    if "inputs" not in found:
+        return Recorded(named_paths(tasks), recipe, [])
+    paths = tasks.values() if isinstance(tasks, Mapping) else tasks
+    matched = _matched(found["inputs"], Path(base), map(Path, paths))
+    return Recorded(matched, recipe, _differences(found, device))
+
+
+def _matched(inputs: Record, base: Path, tasks: Iterable[Path]) -> dict[str, Path]:
+    """The tasks of a record among these files and folders, by SHA-256: name -> path."""
     if _digests(base) != inputs["base"]:
         raise CheckpointError(f"{base} is not the recorded base: its SHA-256 differs")
-    missing = {name: tuple(sums) for name, sums in inputs["tasks"].items()}
+    missing = {name: list(sums) for name, sums in inputs["tasks"].items()}
     found: dict[str, Path] = {}
     for path in tasks:
-        sums = tuple(_digests(path))
-        names = [name for name, recorded in missing.items() if recorded == sums]
+        sums = _digests(path)
+        names = [name for name, theirs in missing.items() if theirs == sums]
         if not names:
             raise CheckpointError(
                 f"{path} is none of the recorded tasks: its SHA-256 differs from all"
@@ -308,6 +351,21 @@ def match_inputs(record: Record, base: Path, tasks: Iterable[Path]) -> dict[str,
     if missing:
         raise CheckpointError(f"the record has tasks {listing(missing)} too: give their files")
     return found
+
+
+def _differences(record: Record, device: str) -> list[str]:
+    """What may keep the bytes from being the same again."""
+    now = _versions() | {"device": torch.device(device).type}
+    then = {**record.get("versions", {}), "device": record.get("device", now["device"])}
+    return [
+        f"recorded with {what} {then[what]}, this is {now[what]}: last bits may differ"
+        for what in now
+        if then.get(what, now[what]) != now[what]
+    ]
+
+
+def _versions() -> dict[str, str]:
+    return {"minipact": __version__, "torch": str(torch.__version__)}
 
 
 def _digests(path: Path) -> list[str]:
@@ -429,27 +487,20 @@ def _write(
     job: Job, target: Target, threads: int | None, progress: Progress, scores: Mapping[float, float]
 ) -> dict[str, Any]:
     """Merge this process' share into the output; the first process lays it out and completes it."""
-    summary = job.summary()
-    stamps = _stamps(job)
+    summary, stamps = job.summary(), _stamps(job)
     blank = {name: ["0" * 64] * len(x.files) for name, x in job.inputs.items()}
+    metadata = _header(job.record(blank))
     output = Output(
-        target.path,
-        job.metas(),
-        metadata=_header(job.record(blank)),
-        overwrite=target.overwrite,
-        **_layout(job, target),
-    )
+        target.path, job.metas(), metadata=metadata, overwrite=target.overwrite, **_layout(job, target)
+    )  # fmt: skip
     keep, stop = False, Event()
-    sums: Digests = blank
-    files: list[Path] = []
+    sums, files = blank, list[Path]()
     with ThreadPoolExecutor(max_workers=1) as pool:
         try:
+            hashing = {}
             if distributed.rank() == 0:
                 output.start(_journal(job) | stamps, target.resume)
-                digests = {
-                    name: [pool.submit(sha256, file, stop) for file in x.files]
-                    for name, x in job.inputs.items()
-                }
+                hashing = _hashing(job, pool, stop)
             output.done = distributed.from_first(output.done)
             resumed = len(output.done)
             share = _merge_share(job, output, threads, progress)
@@ -457,14 +508,10 @@ def _write(
             shares = distributed.from_all((output.done, *share))
             output.done = {name for done, _, _ in shares for name in done}
             if distributed.rank() == 0:
-                sums = {name: [x.result() for x in found] for name, found in digests.items()}
+                sums = {name: [x.result() for x in found] for name, found in hashing.items()}
                 _refuse_changed(stamps, _stamps(job))
-                record = job.record(sums)
-
-                def finish(folder: Path) -> None:
-                    summary["notes"] += _complete(folder, job, target, record, scores)
-
-                files = output.commit(metadata=_header(record), finish=finish)
+                files, notes = _commit(job, output, target, job.record(sums), scores)
+                summary["notes"] += notes
             sums, files = distributed.from_first((sums, files))
         except (OSError, KeyboardInterrupt, RuntimeError, MemoryError):
             keep = True
@@ -484,6 +531,26 @@ def _write(
     }
 
 
+def _hashing(job: Job, pool: Executor, stop: Event) -> dict[str, list[Future[str]]]:
+    """SHA-256 of every input's files, under way beside the merge."""
+    return {
+        name: [pool.submit(sha256, file, stop) for file in x.files]
+        for name, x in job.inputs.items()
+    }
+
+
+def _commit(
+    job: Job, output: Output, target: Target, record: Record, scores: Mapping[float, float]
+) -> tuple[list[Path], list[str]]:
+    """Complete the output; its files, and what the user should know."""
+    notes: list[str] = []
+
+    def finish(folder: Path) -> None:
+        notes.extend(_complete(folder, job, target, record, scores))
+
+    return output.commit(metadata=_header(record), finish=finish), notes
+
+
 def _complete(
     folder: Path, job: Job, target: Target, record: Record, scores: Mapping[float, float]
 ) -> list[str]:
@@ -497,7 +564,7 @@ def _complete(
         if given[key] is None:
             given[key], why = agreed(key, inputs)
             silent += [why] if why else []
-    card = write_card(
+    card = card_text(
         record,
         folder,
         inputs={name: x.layout for name, x in job.inputs.items()},

@@ -43,7 +43,10 @@ def _padded(x: Tensor, width: int) -> Tensor:
 
 
 def tsv_decompress(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
-    """Task matrices [T, m, n] out of `tsv_compress`' U [T, m, k], S [T, k], V [T, n, k]."""
+    """Task matrices [T, m, n] out of `tsv_compress`' U [T, m, k], S [T, k], V [T, n, k].
+
+    Source: Gargiulo et al. 2025, section 3.1 (arXiv 2412.00081).
+    """
     return (U * S.unsqueeze(-2)) @ V.mT
 
 

@@ -5,14 +5,14 @@ cleans D, a rule turns it into one update [m, n], and `merge` does both for a wh
 
     merged = merge(base, [cars, signs], rule="tsv_m", purify=["pact"], scale=1.0)
 
-Copy this file. It checks nothing and takes full SVDs; the package has the same methods with the same options
-and defaults, checked, faster, and for checkpoints that do not fit into memory.
+Copy this file. It checks nothing, takes full SVDs, and holds the models in memory; the package has the same
+methods with the same names, options and defaults, checked, faster, and streamed.
 """
 
 import re
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import pad
 
 # ---- Singular vectors, in float64; directions are columns ----------------------------------------
 
@@ -43,13 +43,13 @@ def roundoff(x):
 
 def basis(A, tol):
     """Orthonormal basis of the span of A's columns, by rank: QR would return a full one."""
-    if A.norm() < 1e-6:
+    if A.norm() <= 1e-6:  # an update that covers the whole core leaves only rounding of it
         return A[:, :0]
-    return svd(A, tol)[0]
+    return svd(A, max(tol, 1e-12))[0]
 
 
 def polar(A, tol):
-    """U V^T of A = U S V^T, on its range: the nearest matrix with orthonormal columns."""
+    """U V^T of A = U S V^T on its range; completing it would fill what PACT cleared."""
     U, _, V = svd(A, tol)
     return U @ V.mT
 
@@ -60,7 +60,8 @@ def polar(A, tol):
 def pact(W0, D, *, core=0.05, task=0.04, tol=1e-3, strength=1.0):
     """PACT: keep each task off the load-bearing walls of the others (Shi et al. 2026).
 
-    A task's wall is the part of the core V0 that its own update leaves alone.
+    A task's wall is the part of the core V0 that its own update leaves alone. K, k and p count directions
+    of the core, of an update, and of a shield, the union of all other tasks' walls; one task has none.
     """
     V0 = svd(W0, roundoff(W0), core)[2]  # [n, K]
     updates = [svd(d, roundoff(d), task)[2] for d in D]  # [n, k] each
@@ -96,7 +97,7 @@ def task_arithmetic(D, reduce="sum"):
 
 def ties(D, density=0.2, reduce="mean"):
     """TIES: trim small entries of D [T, ...], elect a sign, merge what agrees (Yadav et al. 2023)."""
-    flat = D.unsqueeze(-1).flatten(1)  # [T, d], of numbers too
+    flat = D.reshape(len(D), D[0].numel())
     kept = max(1, int(density * flat.shape[1] + 1e-9))
     floor = flat.abs().topk(kept).values[:, -1:]
     trimmed = torch.where(flat.abs() >= floor, flat, 0)
@@ -141,6 +142,7 @@ def iso_cts(D, common=0.8, *, mean_over="all"):
 
 
 def mean_singular_value(S, D, mean_over):
+    """Over all min(m, n) singular values as published, or over those that are not rounding."""
     return S.sum() / (min(D[0].shape) if mean_over == "all" else max(1, len(S)))
 
 
@@ -150,10 +152,13 @@ def mean_singular_value(S, D, mean_over):
 def tsv_compress(D, *, rank=None):
     """TSV-Compress: U [T, m, k], S [T, k], V [T, n, k] of each task (Gargiulo et al. 2025)."""
     k = max(1, min(D[0].shape) // len(D)) if rank is None else rank
-    triples = zip(*[svd(d, roundoff(D), k) for d in D], strict=True)
-    first = [[x.movedim(-1, 0) for x in parts] for parts in triples]
-    U, S, V = (pad_sequence(parts, batch_first=True).to(D) for parts in first)
-    return U.mT, S, V.mT
+    triples = [svd(d, roundoff(D), k) for d in D]
+    widest = max(len(S) for _, S, _ in triples)
+    U, S, V = (
+        torch.stack([pad(x, (0, widest - x.shape[-1])) for x in parts]).to(D)
+        for parts in zip(*triples, strict=True)
+    )
+    return U, S, V
 
 
 def tsv_decompress(U, S, V):
@@ -164,7 +169,7 @@ def tsv_decompress(U, S, V):
 # ---- Whole models --------------------------------------------------------------------------------
 
 METHODS = {f.__name__: f for f in (pact, sift, dare, task_arithmetic, ties, tsv_m, iso_c, iso_cts)}
-ENTRYWISE = ("dare", "task_arithmetic", "ties")  # these act on all tensors, the others on matrices
+FLAT = ("dare", "task_arithmetic", "ties")  # these act on all tensors, the others on matrices
 TABLES = ("text_projection", "token_embedding", "embed_tokens", "word_embeddings", "wte.")
 TRANSPOSED = re.compile(r"(^|visual\.)proj$|(^|\.)h\.\d+\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
 
@@ -179,12 +184,32 @@ def kind(name, x):
 
 
 def wide(x, device):
+    """x on the device, in float32 or wider."""
     return x.to(device, torch.promote_types(x.dtype, torch.float32))
 
 
-def task_matrices(name, base, tasks, device):
-    W0 = wide(base[name], device)
-    return torch.stack([wide(task[name], device) - W0 for task in tasks])
+def purified(D, W0, how, purify, run):
+    """D behind all purifiers; those for matrices see inputs as columns."""
+    for name in purify:
+        if name in FLAT:
+            D = run(name, D)
+        elif how == "matrix":
+            D = run(name, W0, D)
+        elif how == "matrix_T":
+            D = run(name, W0.mT, D.mT).mT
+    return D
+
+
+def merged_by(rule, D, kinds, run):
+    """One update for each tensor; a flat rule sees them all as one."""
+    if rule not in FLAT or not D:
+        return {n: d.mean(0) if kinds[n] == "vector" else run(rule, d) for n, d in D.items()}
+    sizes = [d[0].numel() for d in D.values()]
+    whole = torch.cat(
+        [d.reshape(len(d), size) for d, size in zip(D.values(), sizes, strict=True)], 1
+    )
+    parts = run(rule, whole).split(sizes)
+    return {n: part.view_as(D[n][0]) for n, part in zip(D, parts, strict=True)}
 
 
 @torch.no_grad()
@@ -197,38 +222,27 @@ def merge(base, tasks, *, rule, scale, purify=(), vectors="auto", options=None, 
         vectors: what becomes of tensors that are no matrices. "rule": as published, a flat rule acts on
             them too, other rules take scale * mean. "mean": the unscaled mean of the task vectors. "copy":
             nothing. A number: so much of their sum, unscaled. "auto": "mean" where a method acts on
-            matrices and there are several tasks, else "rule".
+            matrices, there are several tasks and scale is not negative, else "rule".
     """
 
     def run(method, *inputs):
         return METHODS[method](*inputs, **(options or {}).get(method, {}))
 
     if vectors == "auto":
-        spectral = {rule, *purify}.difference(ENTRYWISE)
-        vectors = "mean" if spectral and len(tasks) > 1 and scale > 0 else "rule"
-    kinds = {name: kind(name, x) for name, x in base.items()}
-    D = {n: task_matrices(n, base, tasks, device) for n in base if kinds[n] != "copy"}
-    update = {}
-    if vectors != "rule":
-        share = {"mean": 1 / len(tasks), "copy": 0}.get(vectors, vectors)
-        update = {n: share * D.pop(n).sum(0) for n in list(D) if kinds[n] == "vector"}
-    for n in D:
+        spectral = {rule, *purify}.difference(FLAT)
+        vectors = "mean" if spectral and len(tasks) > 1 and scale >= 0 else "rule"
+    share = {"mean": 1 / len(tasks), "copy": 0}.get(vectors, vectors)
+    kinds = {n: kind(n, x) for n, x in base.items()}
+    D, update = {}, {}
+    for n in [n for n in base if kinds[n] != "copy"]:
         W0 = wide(base[n], device)
-        for purifier in purify:
-            if purifier in ENTRYWISE:
-                D[n] = run(purifier, D[n])
-            elif kinds[n] == "matrix":
-                D[n] = run(purifier, W0, D[n])
-            elif kinds[n] == "matrix_T":
-                D[n] = run(purifier, W0.mT, D[n].mT).mT
-    if rule in ENTRYWISE and D:  # it sees all tensors as one
-        whole = torch.cat([d.unsqueeze(-1).flatten(1) for d in D.values()], dim=1)
-        parts = run(rule, whole).split([d[0].numel() for d in D.values()])
-    else:
-        parts = [d.mean(0) if kinds[n] == "vector" else run(rule, d) for n, d in D.items()]
-    update |= {n: scale * part for n, part in zip(D, parts, strict=True)}
+        d = torch.stack([wide(task[n], device) - W0 for task in tasks])
+        if kinds[n] == "vector" and vectors != "rule":
+            update[n] = share * d.sum(0)
+        else:
+            D[n] = purified(d, W0, kinds[n], purify, run)
+    update |= {n: scale * x for n, x in merged_by(rule, D, kinds, run).items()}
     merged = {n: x.clone() for n, x in base.items()}
-    if scale != 0:
-        for n, x in update.items():
-            merged[n] = (wide(base[n], device) + x.view_as(base[n])).to(base[n])
+    for n, x in update.items() if scale != 0 else ():
+        merged[n] = (wide(base[n], device) + x).to(base[n])
     return merged

@@ -11,7 +11,7 @@ from torch import Tensor
 from minipact.errors import MergeError, listing
 from minipact.merging import Merged
 from minipact.steps import Tasks, mismatches
-from minipact.tensors import State, add_update, task_matrices
+from minipact.tensors import State, add_update, meta_of, task_matrices
 
 
 class TaskVector(dict[str, Tensor]):
@@ -53,10 +53,16 @@ class TaskVector(dict[str, Tensor]):
         return self.dot(other) / lengths if lengths else math.nan
 
     def apply_to(self, base: State, scale: float = 1.0) -> dict[str, Tensor]:
-        """State dict base + scale * self: new tensors in the base's dtypes; unnamed ones are copies."""
-        unknown = [name for name in self if name not in base]
-        if unknown:
+        """State dict base + scale * self: new tensors in the base's dtypes; unnamed ones are copies.
+
+        Raises MergeError where the base lacks a name, or a shape differs.
+        """
+        if unknown := [name for name in self if name not in base]:
             raise MergeError(f"the base lacks {listing(unknown)}: is it the right base?")
+        if other := [name for name, delta in self.items() if delta.shape != base[name].shape]:
+            raise MergeError(
+                f"{listing(other)}: other shapes than the base's: is it the right base?"
+            )
         return {name: add_update(name, x, self.get(name), scale) for name, x in base.items()}
 
     def _with(self, other: TaskVector) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -74,8 +80,7 @@ def task_vector(base: State, tuned: State) -> TaskVector:
     """
     if problems := mismatches(base, "tuned", tuned):
         raise MergeError("\n".join(problems))
-    meta = getattr(base, "meta", base.__getitem__)
-    names = [name for name in base if meta(name).is_floating_point()]
+    names = [name for name in base if meta_of(base, name).is_floating_point()]
     return TaskVector({name: task_matrices(name, base, {"tuned": tuned})[0] for name in names})
 
 

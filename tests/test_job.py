@@ -179,6 +179,41 @@ def test_the_order_of_a_policy_is_kept(files: Path):
     assert torch.equal(load_file(first)["visual.proj"], states(files)[0]["visual.proj"])
 
 
+def test_python_repeats_what_a_card_says(files: Path):
+    assert main(["merge", *inputs(files), "-o", str(files / "out"), "--quiet", *SPECTRAL]) == 0
+    base, *tasks = moved(files, files / "moved")
+    found = mp.recorded(files / "out", base, tasks)
+    assert set(found.tasks) == set(TASKS)
+    assert found.notes == []
+    mp.merge_files(base, found.tasks, files / "again", found.recipe)
+    assert contents(files / "again") == contents(files / "out")
+
+
+def test_files_of_one_name_are_told_apart_by_their_hash(files: Path):
+    out = files / "out.safetensors"
+    assert main(["merge", *inputs(files), "-o", str(out), "--quiet"]) == 0
+    paths = [inputs(files)[0]]
+    for task, source in zip(TASKS, inputs(files)[1:], strict=True):
+        (files / task).mkdir()
+        (files / task / "same.safetensors").write_bytes(Path(source).read_bytes())
+        paths.append(str(files / task / "same.safetensors"))
+    again = ["-o", str(files / "again.safetensors"), "--recipe", str(out), "--quiet"]
+    assert main(["merge", *paths, *again]) == 0
+    assert (files / "again.safetensors").read_bytes() == out.read_bytes()
+
+
+def test_other_versions_and_devices_are_told(files: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["merge", *inputs(files), "-o", str(files / "out"), "--quiet"]) == 0
+    text = (files / "out" / "README.md").read_text()
+    text = text.replace('"device": "cpu"', '"device": "cuda"').replace(torch.__version__, "1.0")
+    (files / "card.md").write_text(text)
+    again = ["-o", str(files / "again"), "--recipe", str(files / "card.md")]
+    assert main(["merge", *inputs(files), *again]) == 0
+    told = capsys.readouterr().out
+    assert "recorded with torch 1.0, this is" in told
+    assert "recorded with device cuda, this is cpu" in told
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

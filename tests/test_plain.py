@@ -37,7 +37,7 @@ def test_every_method_is_there_with_its_options(name: str):
 
 def test_merge_knows_all_purifiers_and_rules():
     assert set(plain.METHODS) == {*PURIFIERS, *RULES}
-    assert set(plain.ENTRYWISE) == {x for x in plain.METHODS if mp.METHODS[x].acts_on != "matrix"}
+    assert set(plain.FLAT) == {x for x in plain.METHODS if mp.METHODS[x].acts_on != "matrix"}
 
 
 # ---- Tensor by tensor ----------------------------------------------------------------------------
