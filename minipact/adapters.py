@@ -74,19 +74,30 @@ class Adapter(Mapping[str, Tensor]):
 
     def meta(self, name: str) -> Tensor:
         """Tensor of the same shape and dtype on the "meta" device, without reading the files."""
-        stored = name in self._replaced
-        meta = self._stored.meta(self._replaced[name]) if stored else self._base.meta(name)
-        return meta.to(_wide(meta.dtype)) if name in self._factors else meta
+        holder, key = self._place(name)
+        meta = holder.meta(key)
+        if name in self._factors:
+            return meta.to(_wide(meta.dtype))
+        return meta
 
     def __getitem__(self, name: str) -> Tensor:
-        stored = name in self._replaced
-        weight = self._stored[self._replaced[name]] if stored else self._base[name]
+        holder, key = self._place(name)
         update = self._update(name)
-        return weight if update is None else weight.to(update.dtype) + update
+        if update is None:
+            return holder[key]
+        return holder[key].to(update.dtype) + update
+
+    def _place(self, name: str) -> tuple[Checkpoint, str]:
+        """Where a tensor's weight without its factors stands: a layer trained as a whole, or the base's."""
+        if name in self._replaced:
+            return self._stored, self._replaced[name]
+        return self._base, name
 
     def delta(self, name: str) -> Tensor | None:
         """s * B @ A of a tensor, without the base's rounding; None where that is not all."""
-        return None if name in self._replaced else self._update(name)
+        if name in self._replaced:
+            return None
+        return self._update(name)
 
     def _update(self, name: str) -> Tensor | None:
         if name not in self._factors:
@@ -95,7 +106,9 @@ class Adapter(Mapping[str, Tensor]):
         a, b = (
             self._stored[key].to(_wide(meta.dtype)).flatten(1) for key in (factors.a, factors.b)
         )
-        update = a.mT @ b.mT if factors.transposed else b @ a
+        update = b @ a
+        if factors.transposed:
+            update = a.mT @ b.mT
         return (factors.scale * update).reshape(meta.shape)
 
     def without(self, names: Any) -> Adapter:
@@ -209,14 +222,21 @@ def _check_fit(
             f"{path} acts on '{name}', which the base lacks: is it the right base?"
         )
     a, b, weight = stored.meta(factors.a), stored.meta(factors.b), base.meta(name)
-    shape = (b.shape[0], a[0].numel()) if a.ndim > 1 and b.ndim > 1 else ()
-    shape = shape[::-1] if factors.transposed else shape
-    wanted = (weight.shape[0], weight[0].numel()) if weight.ndim > 1 else (-1, -1)
-    if not shape or shape != wanted or b[0].numel() != a.shape[0]:
+    if not _fits(a, b, weight, factors.transposed):
         raise CheckpointError(
             f"{path}: B {tuple(b.shape)} times A {tuple(a.shape)} of '{factors.a}' does not fit "
             f"'{name}' {tuple(weight.shape)} of the base: is it the right base?"
         )
+
+
+def _fits(a: Tensor, b: Tensor, weight: Tensor, transposed: bool) -> bool:
+    """Whether B @ A, or its transpose, is of the weight's shape; kernels count as columns."""
+    if a.ndim < 2 or b.ndim < 2 or weight.ndim < 2 or b[0].numel() != a.shape[0]:
+        return False
+    shape = [b.shape[0], a[0].numel()]
+    if transposed:
+        shape.reverse()
+    return shape == [weight.shape[0], weight[0].numel()]
 
 
 def _check_complete(

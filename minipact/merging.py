@@ -20,6 +20,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -309,8 +310,8 @@ class Merged(Mapping[str, Tensor]):
         plain = PLAIN.get(step.rule)
         rule, answer = self._uses[-1], answers[-1]
         by_entry = plain is not None or rule.takes_blocks(answer)
-        blocks = self._task_matrices(step, self._uses[:-1], answers, by_entry)
-        parts = ((plain(D) if plain else self._call(rule, answer, step, D)) for D in blocks)
+        merge_block = plain or partial(self._call, rule, answer, step)
+        parts = map(merge_block, self._task_matrices(step, self._uses[:-1], answers, by_entry))
         delta = next(parts)
         if delta.numel() < step.entries:
             delta = _joined(delta, parts, step.entries)
@@ -396,10 +397,13 @@ class Merged(Mapping[str, Tensor]):
             if use.sees_transposed(step.kind):
                 blocks = (D.mT for D in blocks)
             value = _added(measure(D).cpu() for D in blocks)
-            # Whole numbers add up alike in any order, other numbers only in the order of names.
-            key = name if value.is_floating_point() else ""
             with lock:
-                share[key] = share[key].add_(value) if key in share else value.to_dense()
+                if value.is_floating_point():  # these add up alike only in the order of names
+                    share[name] = value
+                elif "" in share:
+                    share[""].add_(value)
+                else:
+                    share[""] = value.to_dense()
 
         for _ in self._run(look, names, part.threads, part.room):
             pass

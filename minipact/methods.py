@@ -618,8 +618,9 @@ def ties(
     D is [T, ...], the result [...]. Each task keeps its int(density * d) largest entries in magnitude,
     ties included (the released code keeps one more), or those from `thresholds` [T] on. reduce="mean"
     averages the entries that agree with the elected sign, "sum" adds them, "max" takes the largest; an
-    entry whose sum is exactly zero stays zero. Magnitudes are compared in float32. In a merge, scope="global" trims at one magnitude per task
-    over the whole model, "tensor" tensor by tensor. Raises MergeError for a density or reduce out of range.
+    entry whose sum is exactly zero stays zero. Magnitudes are compared in float32. In a merge,
+    scope="global" trims at one magnitude per task over the whole model, "tensor" tensor by tensor. Raises
+    MergeError for a density or reduce out of range.
     """
     check_known("reduce", [reduce], ("mean", "sum", "max"))
     if thresholds is None:
