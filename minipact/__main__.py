@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 NO_MEMORY = "out of memory|can't allocate memory|Cannot allocate memory|unable to mmap"
+ENDINGS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 DTYPES = ("keep", "float32", "bfloat16", "float16", "float64")
 
 
@@ -39,7 +40,7 @@ class UsageError(ValueError):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 fine, 2 user error, 1 failure, 130 interrupted."""
     arguments = _parser().parse_args(argv)
-    handler = signal.signal(signal.SIGTERM, _interrupt)
+    handlers = {number: signal.signal(number, _interrupt) for number in ENDINGS}
     try:
         code = int(arguments.run(arguments))
         if sys.stdout is not None:
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(f"interrupted; {_left(arguments)}", INTERRUPTED)
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
@@ -84,7 +86,7 @@ def _left(arguments: argparse.Namespace) -> str:
     output = getattr(arguments, "output", None)
     if getattr(arguments, "written", False):
         return f"{output} is written and whole"
-    if output is not None and output.with_name(f"{output.name}.partial").exists():
+    if output is not None and os.path.exists(f"{output}.partial"):
         kept = f"{output}.partial keeps what is done, --resume goes on from there"
         return f"no output was written; {kept}"
     return "no output was written"
@@ -421,7 +423,7 @@ def _scales(arguments: argparse.Namespace) -> list[float]:
             return [float(part) for part in text.split(",")]
         first, last, count = text.split(":")
         steps = max(1, int(count) - 1)
-        if int(count) < 1:
+        if not 1 <= int(count) <= 1000:
             raise ValueError(count)
         return [float(first) + (float(last) - float(first)) * i / steps for i in range(int(count))]
     except ValueError as error:
@@ -439,11 +441,14 @@ def _recorded(
     given = [name for name in RECIPE if getattr(arguments, name) is not None]
     if clash := [f"--{name}" for name in given if name not in methods]:
         raise UsageError(f"--recipe says it all: leave out {' '.join(clash)}")
-    named = [pair for text in arguments.tasks for pair in _named([text]).items()]
-    tasks: Tasks = dict(named)
-    if len(tasks) < len(named):  # names do not matter where inputs are matched by hash
-        tasks = [path for _, path in named]
+    try:
+        tasks: Tasks = _named(arguments.tasks)
+    except UsageError:  # names do not matter where inputs are matched by hash
+        tasks = [path for text in arguments.tasks for path in _named([text]).values()]
     found = recorded(arguments.recipe, arguments.base, tasks, trust=code, device=device)
+    held = {found.recipe.rule, *found.recipe.purify}
+    if idle := {arguments.rule, *_purifiers(arguments)} - held - {None}:
+        raise UsageError(f"--recipe says it all: leave out {' '.join(map(str, idle))}")
     return found.tasks, found.recipe, found.notes
 
 

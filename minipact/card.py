@@ -24,20 +24,24 @@ Record = dict[str, Any]
 def stated(folder: Path, key: str) -> str | None:
     """What the card of a model folder says under a key of its front matter; None where it says nothing.
 
-    A list with one entry counts as that entry.
+    A list with one entry counts as that entry, "other" and "unknown" as nothing.
     """
     card = folder / CARD
     if not card.is_file():
         return None
-    match = re.match(r"---\r?\n(.*?)\r?\n---\s", card.read_text(errors="replace") + "\n", re.DOTALL)
+    match = re.match(
+        r"---\r?\n(.*?)\r?\n---\s", card.read_text("utf-8-sig", errors="replace") + "\n", re.DOTALL
+    )
     try:
         front = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # dates that do not exist, and the like
         return None
     value = front.get(key) if isinstance(front, dict) else None
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    return value if isinstance(value, str) else None
+    if not isinstance(value, str) or value in ("other", "unknown"):
+        return None
+    return value
 
 
 def agreed(key: str, inputs: Mapping[str, Path]) -> tuple[str | None, str]:
@@ -160,9 +164,9 @@ def read_record(path: Path) -> Record:
             found = json.loads(open_checkpoint(path).metadata["merge"])
         else:
             text = path.read_text()
-            block = re.search(r"^```json\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-            found = json.loads(block[1] if block else text)
-    except (OSError, KeyError, ValueError) as error:
+            blocks = re.findall(r"^```json\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+            found = json.loads(blocks[-1] if blocks else text)
+    except (OSError, KeyError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} holds no record of a merge ({error!r})") from error
@@ -176,7 +180,11 @@ def read_record(path: Path) -> Record:
 
 def _is_record(found: object) -> bool:
     """Whether the parts that are there are of the right shape."""
-    if not isinstance(found, dict) or not isinstance(found["recipe"], dict):
+    if not isinstance(found, dict) or not isinstance(found["recipe"], dict) or not found["recipe"]:
+        return False
+    if not isinstance(found.get("versions", {}), dict) or not isinstance(
+        found.get("device", ""), str
+    ):
         return False
     if "inputs" not in found:
         return True

@@ -40,7 +40,7 @@ from minipact.output import (
     save_checkpoint,
 )
 from minipact.parallel import cores, memory
-from minipact.recipe import Recipe
+from minipact.recipe import Recipe, as_globs
 from minipact.steps import Step
 from minipact.tensors import add_update, in_pieces
 from minipact.version import __version__
@@ -48,6 +48,7 @@ from minipact.version import __version__
 PathLike = str | Path
 Tasks = Sequence[PathLike] | Mapping[str, PathLike]
 Digests = dict[str, list[str]]
+BASE = "the base"  # its name among the inputs
 
 
 def merge_files(
@@ -166,8 +167,8 @@ class Job:
 
     @property
     def inputs(self) -> dict[str, Checkpoint | Adapter]:
-        """All models, "the base" first."""
-        return {"the base": self.base, **self.tasks}
+        """All models by name, the base first."""
+        return {BASE: self.base, **self.tasks}
 
     @property
     def places(self) -> dict[str, list[str]]:
@@ -190,7 +191,7 @@ class Job:
         }
         if sums is not None:
             tasks = {name: sums[name] for name in self.tasks}
-            found["inputs"] = {"base": sums["the base"], "tasks": tasks}
+            found["inputs"] = {"base": sums[BASE], "tasks": tasks}
         return found
 
     def summary(self) -> dict[str, Any]:
@@ -202,22 +203,40 @@ class Job:
             "tasks": {name: f"{task.path} ({task.layout})" for name, task in self.tasks.items()},
             "tensors": dict(Counter(step.treatment for step in steps)),
             "base_bytes": sum(self.base.meta(name).nbytes for name in self.base),
-            "notes": list(self.merged.notes),
+            "notes": [*self.merged.notes, *_unrepeatable(self.merged.recipe)],
         }
 
     def with_paths(self, error: MergeError) -> MergeError:
         """The same error, with the paths of the models that it names."""
-        models = {"the base": self.base} | {f"task '{name}'": x for name, x in self.tasks.items()}
+        models = {BASE: self.base} | {f"task '{name}'": x for name, x in self.tasks.items()}
         paths = [f"{name} is {x.path}" for name, x in models.items() if f"{name} " in str(error)]
         return type(error)("\n".join([str(error), *paths]))
 
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
-    """A recipe for the record; one that has no JSON says why instead."""
+    """A recipe for the record; where a part has no JSON, all the rest, and why."""
     try:
         return recipe.to_dict()
     except MergeError as error:
-        return {"not repeatable": str(error), "scale": recipe.scale, "vectors": recipe.vectors}
+        found = {name: _as_json(value) for name, value in recipe.keywords().items()}
+        return found | {"not repeatable": str(error)}
+
+
+def _unrepeatable(recipe: Recipe) -> list[str]:
+    """A note where a recipe cannot be repeated from its record."""
+    why = _fields(recipe).get("not repeatable")
+    return [f"the record cannot be repeated: {why}"] if why else []
+
+
+def _as_json(value: object) -> Any:
+    """What JSON can take; functions by their names."""
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(x) for x in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return f"own {getattr(value, '__name__', type(value).__name__)}"
 
 
 def open_job(
@@ -235,11 +254,7 @@ def open_job(
         for alias, name in opened.aliases.items()
         if all(task.aliases.get(alias) == name for task in models.values())
     }
-    recipe = recipe or Recipe()
-    recipe = recipe.but(
-        include=_of_first_names(recipe.include, opened, aliases),
-        exclude=_of_first_names(recipe.exclude, opened, aliases),
-    )
+    recipe = _for_first_names(recipe or Recipe(), opened, aliases)
     once = {name: task.without(aliases) for name, task in models.items()}
     merged = Merged(opened.without(aliases), once, **recipe.keywords(), device=device)
     return Job(opened, models, aliases, merged)
@@ -252,18 +267,26 @@ def _open_task(path: Path, base: Checkpoint) -> Checkpoint | Adapter:
 def named_paths(tasks: Tasks) -> dict[str, Path]:
     """Tasks by name: a folder's own name, or a file's without its ending, where none is given.
 
-    Raises CheckpointError where two have one name.
+    Raises CheckpointError where two have one name, or one has a name that no card can hold.
     """
+    if isinstance(tasks, str | Path):
+        tasks = [tasks]
     if isinstance(tasks, Mapping):
-        return {str(name): Path(path) for name, path in tasks.items()}
-    named: dict[str, Path] = {}
-    for path in map(Path, tasks):
-        name = name_of(path)
-        if name in named:
+        named = {str(name): Path(path) for name, path in tasks.items()}
+    else:
+        paths = [Path(path) for path in tasks]
+        named = {name_of(path): path for path in paths}
+        if len(named) < len(paths):
+            names = [name_of(path) for path in paths]
+            twice = next(name for name in names if names.count(name) > 1)
             raise CheckpointError(
-                f"two tasks are called '{name}': write NAME=PATH to tell them apart"
+                f"two tasks are called '{twice}': write NAME=PATH to tell them apart"
             )
-        named[name] = path
+    for name in named:
+        if name == BASE or not name.isprintable():
+            raise CheckpointError(
+                f"a task cannot be called {name!r}: write NAME=PATH to call it otherwise"
+            )
     return named
 
 
@@ -272,6 +295,24 @@ def name_of(path: Path) -> str:
     whole = path.absolute()
     is_model_file = whole.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
     return whole.stem if is_model_file else whole.name
+
+
+def _for_first_names(recipe: Recipe, base: Checkpoint, aliases: Mapping[str, str]) -> Recipe:
+    """The recipe with all its globs meaning first names, as the merge knows no others."""
+
+    def firsts(globs: Iterable[str]) -> tuple[str, ...]:
+        return _of_first_names(globs, base, aliases)
+
+    policy = recipe.policy
+    if not callable(policy):
+        policy = tuple((first, kind) for glob, kind in policy for first in firsts([glob]))
+    options = {name: dict(given) for name, given in recipe.options.items()}
+    for name, given in options.items():
+        if name != "ties" and given.get("scope") is not None:
+            given["scope"] = firsts(as_globs(given["scope"], f"{name} scope"))
+    return recipe.but(
+        include=firsts(recipe.include), exclude=firsts(recipe.exclude), policy=policy, options=options
+    )  # fmt: skip
 
 
 def _of_first_names(
@@ -342,6 +383,8 @@ def _matched(inputs: Record, base: Path, tasks: Iterable[Path]) -> dict[str, Pat
     for path in tasks:
         sums = _digests(path)
         names = [name for name, theirs in missing.items() if theirs == sums]
+        if not names and sums in inputs["tasks"].values():
+            raise CheckpointError(f"{path} is given twice")
         if not names:
             raise CheckpointError(
                 f"{path} is none of the recorded tasks: its SHA-256 differs from all"
@@ -385,10 +428,11 @@ def _run(
     progress: Progress,
 ) -> dict[str, Any]:
     """Choose the scale, if several are given, and write the merge."""
-    if not scales:
-        return _write(job, target, threads, progress, {})
+    stamps, scales = _stamps(job), list(scales)
+    if (score is None) != (not scales):
+        raise MergeError("scales need a score to choose by, and a score needs scales")
     if score is None:
-        raise MergeError("scales need a score to choose by")
+        return _write(job, target, stamps, threads, progress, {})
     if target.resume or distributed.size() > 1:
         raise MergeError(
             "scales are tried by one process and in one run: leave resume and torchrun out"
@@ -398,7 +442,7 @@ def _run(
     ) as scratch:
         found = _sweep(job, target, threads, Path(scratch), scales, score, progress)
         chosen = Job(job.base, job.tasks, job.aliases, found.merged)
-        return _write(chosen, target, threads, progress, found.scores)
+        return _write(chosen, target, stamps, threads, progress, found.scores)
 
 
 def _sweep(
@@ -454,23 +498,26 @@ def command_score(command: str) -> Callable[[Path], float]:
 
     Raises MergeError where the command lacks {}, fails, or ends in no number.
     """
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise MergeError(f"--score {command!r} cannot be read: {error}") from error
     if not any("{}" in word for word in words):
-        raise MergeError(
-            f"--score {command!r} must hold {{}}, in whose place the candidate's path comes"
-        )
+        hint = "in whose place the candidate's path comes"
+        raise MergeError(f"--score {command!r} must hold {{}}, {hint}")
 
     def score(candidate: Path) -> float:
         filled = [word.replace("{}", str(candidate)) for word in words]
         try:
-            done = subprocess.run(filled, stdout=subprocess.PIPE, text=True, check=True)
-            return float(done.stdout.strip().splitlines()[-1])
+            done = subprocess.run(filled, stdout=subprocess.PIPE, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise MergeError(f"--score {command!r} failed: {error}") from error
+        told = done.stdout.decode(errors="replace").strip()
+        try:
+            return float(told.splitlines()[-1])
         except (ValueError, IndexError) as error:
-            told = done.stdout.strip()[-200:]
             raise MergeError(
-                f"--score {command!r} must print a number last, not {told!r}"
+                f"--score {command!r} must print a number last, not {told[-200:]!r}"
             ) from error
 
     return score
@@ -484,10 +531,15 @@ def _layout(job: Job, target: Target) -> dict[str, Any]:
 
 
 def _write(
-    job: Job, target: Target, threads: int | None, progress: Progress, scores: Mapping[float, float]
+    job: Job,
+    target: Target,
+    stamps: Mapping[str, list[int]],
+    threads: int | None,
+    progress: Progress,
+    scores: Mapping[float, float],
 ) -> dict[str, Any]:
     """Merge this process' share into the output; the first process lays it out and completes it."""
-    summary, stamps = job.summary(), _stamps(job)
+    summary = job.summary()
     blank = {name: ["0" * 64] * len(x.files) for name, x in job.inputs.items()}
     metadata = _header(job.record(blank))
     output = Output(
@@ -499,7 +551,7 @@ def _write(
         try:
             hashing = {}
             if distributed.rank() == 0:
-                output.start(_journal(job) | stamps, target.resume)
+                output.start({**_journal(job), **stamps}, target.resume)
                 hashing = _hashing(job, pool, stop)
             output.done = distributed.from_first(output.done)
             resumed = len(output.done)
@@ -556,7 +608,7 @@ def _complete(
 ) -> list[str]:
     """Add the base's other files and the card to an output folder; returns what the user should know."""
     copy_side_files(job.base.path, folder)
-    paths = {"the base": job.base.path} | {name: task.path for name, task in job.tasks.items()}
+    paths = {BASE: job.base.path} | {name: task.path for name, task in job.tasks.items()}
     tasks = {name: task.path for name, task in job.tasks.items()}
     given = {"base_model": target.base_model, "license": target.license}
     silent = []

@@ -28,9 +28,18 @@ import torch
 from torch import Tensor
 
 import minipact.per_task  # noqa: F401  enters its methods into the registry
-from minipact.errors import MergeError, listing
+from minipact.errors import MergeError
 from minipact.methods import METHODS as METHODS
-from minipact.methods import Measure, Options, is_registered, is_zero, named_generator, run_survey
+from minipact.methods import (
+    Measure,
+    Method,
+    Options,
+    is_built_in,
+    is_finite,
+    is_zero,
+    named_generator,
+    run_survey,
+)
 from minipact.parallel import in_threads
 from minipact.recipe import (
     Globs,
@@ -143,7 +152,7 @@ class Merged(Mapping[str, Tensor]):
         )
         self._metas = {name: meta_of(base, name).to("meta") for name in base}
         self._uses = applied_methods(given, base)
-        self._kinds = kinds_of(given, self._metas)
+        self._kinds = kinds_of(given, base)
         found, self.notes = decided_scale(given.scale, self._uses)
         self._vectors = given.vectors
         self._passes: dict[str | float, _FirstPass] = {}
@@ -342,14 +351,14 @@ class Merged(Mapping[str, Tensor]):
         inputs, keywords = self._arguments(use, step, D)
         try:
             result = use.method.function(*inputs, **keywords, **answer)
+            given = inputs[-1]
+            result = _checked(result, given if purifies else given[0], use.method)
         except MergeError as error:
             raise MergeError(f"tensor '{step.name}', {use.name}: {error}") from error
-        if not isinstance(result, Tensor):
-            raise MergeError(f"{use.name} returned {type(result).__name__}, not a tensor")
-        given = inputs[-1]
-        if result.shape != (given if purifies else given[0]).shape:
-            shape = f"the shape {tuple(result.shape)} for D {tuple(given.shape)}"
-            raise MergeError(f"tensor '{step.name}': {use.name} returned {shape}")
+        except Exception as error:
+            if is_built_in(use.method) or "memory" in str(error):
+                raise
+            raise MergeError(f"tensor '{step.name}', {use.name} failed: {error!r}") from error
         return result.mT if use.sees_transposed(step.kind) else result
 
     def _arguments(
@@ -363,7 +372,9 @@ class Merged(Mapping[str, Tensor]):
         if "generators" in needs:
             per_task = [named_generator(seed, task, step.name) for task in self.tasks]
             keywords["generator"] = per_task
-        inputs = [self.base[step.name].to(D), D] if "base" in needs else [D]
+        inputs = [D]
+        if "base" in needs:  # a copy for functions of strangers, who might change it
+            inputs.insert(0, self.base[step.name].to(D, copy=not is_built_in(use.method)))
         if "tuned" in needs:
             keywords["tuned"] = torch.stack([task[step.name].to(D) for task in self.tasks.values()])
         if use.sees_transposed(step.kind):
@@ -399,11 +410,11 @@ class Merged(Mapping[str, Tensor]):
             value = _added(measure(D).cpu() for D in blocks)
             with lock:
                 if value.is_floating_point():  # these add up alike only in the order of names
-                    share[name] = value
+                    share[name] = value.clone()
                 elif "" in share:
                     share[""].add_(value)
                 else:
-                    share[""] = value.to_dense()
+                    share[""] = value.to_dense().clone()
 
         for _ in self._run(look, names, part.threads, part.room):
             pass
@@ -421,8 +432,8 @@ class Merged(Mapping[str, Tensor]):
 
     def _try_out(self) -> None:
         """A merge of small random matrices shows options out of range before any weight is read."""
-        tested = [use.name for use in self._uses if is_registered(use.method)]
-        rule = self._uses[-1].name if is_registered(self._uses[-1].method) else "mean"
+        tested = [use.name for use in self._uses if is_built_in(use.method)]
+        rule = self._uses[-1].name if is_built_in(self._uses[-1].method) else "mean"
         purify = tuple(name for name in tested if name != rule)
         base, *tuned = torch.randn(len(self.tasks) + 1, 4, 4, generator=named_generator(0))
         small = copy.copy(self)
@@ -437,14 +448,26 @@ class Merged(Mapping[str, Tensor]):
         except MergeError as error:
             raise MergeError(str(error).removeprefix("tensor '', ")) from error
         except TypeError as error:
-            used = listing([*purify, rule])
-            raise MergeError(f"{used}: wrong option type: {error}") from error
+            given = {use.name: use.options for use in self._uses if use.name in (*purify, rule)}
+            raise MergeError(f"an option is of the wrong type, {given}: {error}") from error
 
 
 PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda D: D.mean(0),
     "sum": lambda D: D.sum(0),
 }
+
+
+def _checked(result: object, expected: Tensor, method: Method) -> Tensor:
+    """What a method returned, if it is a tensor of the expected shape; in the expected type."""
+    if not isinstance(result, Tensor) or not result.is_floating_point() or result.is_sparse:
+        kind = result.dtype if isinstance(result, Tensor) else type(result).__name__
+        raise MergeError(f"it returned {kind}, not a dense tensor of floating-point numbers")
+    if result.shape != expected.shape:
+        raise MergeError(f"it returned the shape {tuple(result.shape)} for {tuple(expected.shape)}")
+    if not is_built_in(method) and not is_finite(result):
+        raise MergeError("it returned NaN or infinity")
+    return result.to(expected)
 
 
 def _joined(first: Tensor, parts: Iterable[Tensor], entries: int) -> Tensor:
@@ -515,7 +538,8 @@ def merge(
         seed: of all random numbers, drawn apart for each tensor and task name.
         device: where to compute; results are on the CPU.
         progress: called with (tensors done, tensors in all, name) after each.
-        threads: tensors in work at once, one core each; None is one tensor on all cores.
+        threads: tensors in work at once, one core each; results do not depend on how many. None is one
+            tensor at a time on all cores of torch, whose number may change last bits.
 
     Returns name -> new tensor for every tensor of the base; integer tensors, and tensors that no task
     changed, are copies. Raises MergeError where the inputs do not fit together or hold NaN or infinity,
@@ -573,17 +597,24 @@ def sweep(
         shelf: makes the mapping in which merged task vectors are kept, see `Merged.at`.
 
     Raises:
-        MergeError: no scale is given, or a score is NaN.
+        MergeError: no scale is given, or a score is no finite number.
     """
     candidates = {float(scale): merged.at(scale, shelf=shelf) for scale in scales}
     if not candidates:
         raise MergeError("no scale to try: give at least one")
     scores: dict[float, float] = {}
     for scale, candidate in candidates.items():
-        scores[scale] = float(score(candidate))
-        if math.isnan(scores[scale]):
-            raise MergeError(f"the score at scale {scale:g} is NaN: check the evaluation")
+        scores[scale] = _scored(score, candidate)
         if progress is not None:
             progress(len(scores), len(candidates), f"scale {scale:g}: {scores[scale]:g}")
     best = max(scores, key=lambda scale: (scores[scale], -abs(scale)))
     return Sweep(scores, best, candidates[best])
+
+
+def _scored(score: Callable[[Merged], float], candidate: Merged) -> float:
+    """A finite score; errors name the scale."""
+    try:
+        found = as_number("the score", score(candidate))
+    except MergeError as error:
+        raise MergeError(f"at scale {candidate.scale:g}: {error}") from error
+    return found

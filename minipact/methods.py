@@ -81,6 +81,10 @@ class Method:
                 f"a method cannot be called '{self.name}', which stands for what happens to tensors that no"
                 " method treats: choose another name"
             )
+        if not callable(self.function) or not self.name or re.search(r"[:.,=\s]", self.name):
+            raise MergeError(
+                f"a method needs a function and a name without : . , = or space, not {self.name!r}"
+            )
         check_known(f"{self.name}: kind", [self.kind], KINDS)
         check_known(f"{self.name}: acts_on", [self.acts_on], ACTS_ON)
         if self.survey is None:
@@ -125,6 +129,12 @@ def register(method: Method) -> Method:
     return method
 
 
+def is_built_in(method: Method) -> bool:
+    """Whether a method is of this package, so that its function may be trusted with any input."""
+    place = getattr(method.function, "__module__", None) or ""
+    return place.startswith("minipact.") and is_registered(method)
+
+
 def is_registered(method: Method) -> bool:
     """Whether a method is the one in METHODS under its name."""
     return METHODS.get(method.name) is method
@@ -162,10 +172,9 @@ def _imported(place: str) -> Function | Method:
     module, _, name = place.partition(":")
     try:
         found: Function | Method = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise MergeError(
-            f"{place} cannot be imported ({error}): write package.module:function"
-        ) from error
+    except (Exception, SystemExit) as error:  # whatever its module does when it is imported
+        hint = "write package.module:function, with its folder on PYTHONPATH"
+        raise MergeError(f"{place} cannot be imported ({error!r}): {hint}") from error
     return found
 
 
@@ -515,6 +524,8 @@ def dare(
     """
     if not 0 <= p < 1:
         raise MergeError(f"p={p} must satisfy 0 <= p < 1")
+    if not isinstance(rescale, bool):
+        raise MergeError(f"rescale={rescale!r} must be true or false")
     per_task = generator if isinstance(generator, Sequence) else [generator] * len(D)
     kept = torch.empty_like(D)
     for d, out, g in zip(D, kept, per_task, strict=True):

@@ -66,6 +66,10 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
     path = Path(path)
     if path.name in ("", ".."):
         raise CheckpointError(f"{path} names no new file or folder: give the output a name")
+    if path.name in ("lock", JOURNAL):
+        raise CheckpointError(
+            f"{path} is called as a file kept while it grows: choose another output"
+        )
     if path.suffix in PICKLES:
         raise CheckpointError(
             f"{path}: pickles are not written; end it in .safetensors or in no suffix"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -104,6 +104,10 @@ class Recipe:
             as_json: dict[str, Any] = json.loads(json.dumps(found, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise MergeError(f"the recipe has no JSON: {error}") from error
+        if _options(as_json["options"]) != self.options:
+            raise MergeError(
+                "the recipe has no JSON: an option's value would come back as another one"
+            )
         return as_json
 
     @classmethod
@@ -156,7 +160,9 @@ def as_globs(given: object, what: str) -> tuple[str, ...]:
     if given is None:
         return ()
     globs = (given,) if isinstance(given, str) else given
-    if not isinstance(globs, Collection) or not all(isinstance(glob, str) for glob in globs):
+    if not isinstance(globs, list | tuple | set) or not all(
+        isinstance(glob, str) for glob in globs
+    ):
         raise MergeError(f"{what} must be a glob of tensor names or several, not {given!r}")
     return tuple(globs)
 

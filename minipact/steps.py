@@ -18,7 +18,7 @@ from minipact.recipe import KINDS_OF_TENSOR, Policy, Recipe, Table, as_globs
 from minipact.tensors import State, States, meta_of
 
 Tasks = Sequence[State] | States
-Factors = Sequence[float] | Mapping[str, float] | None
+Factors = Iterable[float] | Mapping[str, float] | None
 
 # ---- What happens to each tensor -----------------------------------------------------------------
 
@@ -190,10 +190,11 @@ def weights_by_name(weights: Factors, tasks: Tasks, named: States) -> dict[str, 
     problem = MergeError(f"weights must give one number for each of {listing(named)}")
     if isinstance(weights, Mapping):
         pairs = {str(name): x for name, x in weights.items()}
-    elif isinstance(weights, Sequence) and len(weights) == len(named):
-        pairs = dict(zip(map(str, names), weights, strict=True))
     else:
-        raise problem
+        numbers = list(weights) if isinstance(weights, Iterable) else []
+        if len(numbers) != len(named):
+            raise problem
+        pairs = dict(zip(map(str, names), numbers, strict=True))
     if pairs.keys() != named.keys():
         raise problem
     return {name: pairs[name] for name in named}
@@ -206,11 +207,10 @@ def applied_methods(recipe: Recipe, base: State) -> tuple[Applied, ...]:
     """
     methods = [find_method(purifier, "purifier") for purifier in recipe.purify]
     methods.append(find_method(recipe.rule, "rule"))
-    for name in {method.name for method in methods}:
-        if len({id(method.function) for method in methods if method.name == name}) > 1:
-            raise MergeError(
-                f"two methods are called '{name}': give the functions names of their own"
-            )
+    names = [method.name for method in methods]
+    if twice := [name for name in names if names.count(name) > 1]:
+        hint = "give each method once, and functions names of their own"
+        raise MergeError(f"'{twice[0]}' stands twice: {hint}")
     if idle := recipe.options.keys() - {method.name for method in methods}:
         raise MergeError(f"options for {listing(idle)}, which is not used: add rule or purifier")
     return tuple(_applied(method, recipe.options.get(method.name, {}), base) for method in methods)
@@ -226,17 +226,17 @@ def _applied(method: Method, given: Options, base: State) -> Applied:
     return Applied(method, options, scope or ("*",))
 
 
-def kinds_of(recipe: Recipe, metas: State) -> dict[str, str]:
+def kinds_of(recipe: Recipe, base: State) -> dict[str, str]:
     """Kind of each tensor: by the policy where the merge touches it, else "copy".
 
-    `metas` has the shapes and types of the base. Raises MergeError where a glob matches nothing, or the
+    Raises MergeError where a glob matches nothing, or the
     policy names an unknown kind, or a matrix that is none.
     """
     for what in ("include", "exclude"):
-        _refuse_idle_globs(getattr(recipe, what), metas, what)
+        _refuse_idle_globs(getattr(recipe, what), base, what)
     if not callable(recipe.policy):
-        _refuse_idle_globs([glob for glob, _ in recipe.policy], metas, "policy")
-    return {name: _kind(name, tensor, recipe) for name, tensor in metas.items()}
+        _refuse_idle_globs([glob for glob, _ in recipe.policy], base, "policy")
+    return {name: _kind(name, meta_of(base, name), recipe) for name in base}
 
 
 def _kind(name: str, tensor: Tensor, recipe: Recipe) -> str:

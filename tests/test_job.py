@@ -408,7 +408,7 @@ def test_a_sweep_computes_task_vectors_once(files: Path):
         (["--scales", "1", "--score", "no-such-program {}"], "failed"),
         (["--scales", "1", "--score", "echo {}"], "must print a number last"),
         (["--scales", "1", "--score", "true {}"], "must print a number last"),
-        (["--scales", "1", "--score", "printf nan {}"], "is NaN"),
+        (["--scales", "1", "--score", "printf nan {}"], "nan must be a number, finite"),
         (["--scales", "1,inf", "--score", "printf 1 {}"], "scale inf must be a number, finite"),
         (["--scales", "1", "--score", "printf 1 {}", "--resume"], "leave resume and torchrun out"),
     ],
@@ -477,3 +477,124 @@ def test_bad_treatments(
     files: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ):
     assert message in fails(capsys, 2, *inputs(files), "-o", str(files / "out"), *options)
+
+
+# ---- What an attack found ------------------------------------------------------------------------
+
+
+def test_an_input_that_changes_while_scales_are_tried_is_refused(
+    files: Path, capsys: pytest.CaptureFixture[str]
+):
+    base, *tasks = inputs(files)
+
+    def replacing(candidate: Path) -> float:
+        save_file(small_model(7), tasks[0])
+        return 1.0
+
+    with pytest.raises(mp.CheckpointError, match=r"cars.safetensors changed while it was read"):
+        mp.merge_files(base, tasks, files / "out", scales=[0.1, 0.2], score=replacing)
+    assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["the base", "a\nb", "x\udcff"])
+def test_names_that_no_card_can_hold(files: Path, name: str):
+    base, task, _ = inputs(files)
+    with pytest.raises(mp.CheckpointError, match="a task cannot be called"):
+        mp.merge_files(base, {name: task}, files / "out")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"weights": {"cars": 2.0, "signs": 1.0}}, {"include": ("visual.proj",)}, {"vectors": "copy"},
+     {"options": {"rule": {"power": 2}}}],
+)  # fmt: skip
+def test_merges_by_an_own_function_have_records_of_their_own(files: Path, changes: dict):
+    def rule(D: Tensor, *, power: int = 1) -> Tensor:
+        return D.sum(0) ** power
+
+    base, *tasks = inputs(files)
+    first = mp.merge_files(base, tasks, files / "one", mp.Recipe(rule=rule, scale=1.0))
+    other = mp.merge_files(base, tasks, files / "two", mp.Recipe(rule=rule, scale=1.0, **changes))
+    assert first["record"] != other["record"]
+    assert "the record cannot be repeated: rule rule" in " ".join(other["notes"])
+    assert "It cannot be repeated from this card" in (files / "two" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise RuntimeError('boom')", "cannot be imported (RuntimeError('boom'))"),
+        ("import sys; sys.exit(5)", "cannot be imported (SystemExit(5))"),
+        ("def f(D", "cannot be imported (SyntaxError"),
+        ("def f(D, needed): return D[0]", "f failed: TypeError"),
+        ("def f(D): raise RuntimeError('boom')", "f failed: RuntimeError('boom')"),
+        ("def f(D): return D[0] * float('nan')", "f: it returned NaN or infinity"),
+        ("def f(D): return (D[0] > 0)", "f: it returned torch.bool, not a dense tensor"),
+        ("f = 3", "is neither a name nor a function"),
+    ],
+)
+def test_code_of_others_that_fails(
+    files: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    body: str,
+    message: str,
+):
+    (files / "failing_methods.py").write_text(body)
+    monkeypatch.syspath_prepend(str(files))
+    monkeypatch.delitem(sys.modules, "failing_methods", raising=False)
+    rule = ["--rule", "failing_methods:f", "--scale", "1"]
+    assert message in fails(capsys, 2, *inputs(files), "-o", str(files / "out"), *rule)
+    assert not list(files.glob("out*"))
+
+
+@pytest.mark.parametrize("options", [["--rule", "ties"], ["--purify", "dare"], ["--rule", "own:f"]])
+def test_methods_that_a_recipe_does_not_hold_are_refused(
+    files: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+):
+    out = files / "out.safetensors"
+    assert main(["merge", *inputs(files), "-o", str(out), "--quiet"]) == 0
+    again = ["-o", str(files / "again"), "--recipe", str(out), *options]
+    assert "--recipe says it all: leave out" in fails(capsys, 2, *inputs(files), *again)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("python -c 'print(1) {}", "cannot be read: No closing quotation"),
+        ("printf '1\\n\\377' {}", "must print a number last"),
+        ("printf inf {}", "at scale 0.5: the score inf must be a number, finite"),
+    ],
+)
+def test_odd_scores(files: Path, capsys: pytest.CaptureFixture[str], command: str, message: str):
+    options = ["--scales", "0.5", "--score", command]
+    assert message in fails(capsys, 2, *inputs(files), "-o", str(files / "out"), *options)
+
+
+def test_second_names_of_tied_tensors_may_stand_in_policies_and_scopes(tmp_path: Path):
+    for seed, name in enumerate(("base", "a", "b")):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+        torch.save({"embed": x, "head": x, "own": x[:4].clone()}, tmp_path / f"{name}.pt")
+    base, *tasks = (tmp_path / f"{name}.pt" for name in ("base", "a", "b"))
+    recipe = mp.Recipe(
+        rule="iso_c", purify="pact", policy={"head": "copy"}, options={"pact": {"scope": ["o*"]}}
+    )
+    mp.merge_files(base, tasks, tmp_path / "out.safetensors", recipe)
+    merged = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(merged["head"], torch.load(base)["embed"])
+    scoped = mp.Recipe(purify="sift", options={"sift": {"scope": "head"}}, scale=1.0)
+    summary = mp.merge_files(base, tasks, tmp_path / "two.safetensors", scoped)
+    assert summary["tensors"]["sift > task_arithmetic"] == 1
+
+
+def test_arrays_and_single_paths_are_taken(files: Path):
+    import numpy as np
+
+    base, task, other = inputs(files)
+    summary = mp.merge_files(base, task, files / "one.safetensors")
+    assert list(summary["tasks"]) == ["cars"]
+    scores = iter([1.0, 3.0, 2.0])
+    summary = mp.merge_files(
+        base, [task, other], files / "two", scales=np.linspace(0.1, 0.3, 3), score=lambda _: next(scores)
+    )  # fmt: skip
+    assert summary["record"]["recipe"]["scale"] == pytest.approx(0.2)
