@@ -583,7 +583,7 @@ def sweep(
     scales: Iterable[float],
     *,
     progress: Progress = None,
-    shelf: Callable[[], Kept] = dict,
+    shelf: Callable[[], Kept] | None = None,
 ) -> Sweep:
     """Merge once, try many: score the merge at each scale and keep the best.
 
@@ -594,12 +594,13 @@ def sweep(
         score: of a model, name -> tensor; the higher the better.
         scales: to try.
         progress: called with (scales done, scales in all, text) after each.
-        shelf: makes the mapping in which merged task vectors are kept, see `Merged.at`.
+        shelf: makes the mapping in which merged task vectors are kept, see `Merged.at`; None is a dict.
 
     Raises:
         MergeError: no scale is given, or a score is no finite number.
     """
-    candidates = {float(scale): merged.at(scale, shelf=shelf) for scale in scales}
+    at = merged.at if shelf is None else partial(merged.at, shelf=shelf)
+    candidates = {float(scale): at(scale) for scale in scales}
     if not candidates:
         raise MergeError("no scale to try: give at least one")
     scores: dict[float, float] = {}
