@@ -31,6 +31,7 @@ from minipact.card import CARD, Record, agreed, card_text, read_record
 from minipact.checkpoints import Checkpoint, open_checkpoint, sha256
 from minipact.errors import CheckpointError, MergeError, listing
 from minipact.merging import Merged, Progress, Sweep, sweep
+from minipact.methods import find_method
 from minipact.output import (
     Output,
     Shelf,
@@ -307,9 +308,10 @@ def _for_first_names(recipe: Recipe, base: Checkpoint, aliases: Mapping[str, str
     if not callable(policy):
         policy = tuple((first, kind) for glob, kind in policy for first in firsts([glob]))
     options = {name: dict(given) for name, given in recipe.options.items()}
-    for name, given in options.items():
-        if name != "ties" and given.get("scope") is not None:
-            given["scope"] = firsts(as_globs(given["scope"], f"{name} scope"))
+    for name in {find_method(purifier, "purifier").name for purifier in recipe.purify}:
+        scope = options.get(name, {}).get("scope")
+        if scope is not None:
+            options[name]["scope"] = firsts(as_globs(scope, f"{name} scope"))
     return recipe.but(
         include=firsts(recipe.include), exclude=firsts(recipe.exclude), policy=policy, options=options
     )  # fmt: skip
