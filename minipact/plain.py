@@ -175,7 +175,7 @@ TRANSPOSED = re.compile(r"(^|visual\.)proj$|(^|\.)h\.\d+\.(attn|mlp)\.c_(attn|fc
 
 
 def kind(name, x):
-    """ "matrix", "matrix_T" where it is stored for x @ W, "vector", or "copy" from the base."""
+    """How a tensor is treated: as "matrix", "matrix_T" (stored for x @ W), "vector" or "copy"."""
     if not x.is_floating_point() or name.endswith(("running_mean", "running_var")):
         return "copy"
     if x.ndim != 2 or any(table in name for table in TABLES):
@@ -205,10 +205,8 @@ def merged_by(rule, D, kinds, run):
     if rule not in FLAT or not D:
         return {n: d.mean(0) if kinds[n] == "vector" else run(rule, d) for n, d in D.items()}
     sizes = [d[0].numel() for d in D.values()]
-    whole = torch.cat(
-        [d.reshape(len(d), size) for d, size in zip(D.values(), sizes, strict=True)], 1
-    )
-    parts = run(rule, whole).split(sizes)
+    rows = [d.reshape(len(d), size) for d, size in zip(D.values(), sizes, strict=True)]
+    parts = run(rule, torch.cat(rows, dim=1)).split(sizes)
     return {n: part.view_as(D[n][0]) for n, part in zip(D, parts, strict=True)}
 
 
@@ -243,6 +241,6 @@ def merge(base, tasks, *, rule, scale, purify=(), vectors="auto", options=None, 
             D[n] = purified(d, W0, kinds[n], purify, run)
     update |= {n: scale * x for n, x in merged_by(rule, D, kinds, run).items()}
     merged = {n: x.clone() for n, x in base.items()}
-    for n, x in update.items() if scale != 0 else ():
-        merged[n] = (wide(base[n], device) + x).to(base[n])
-    return merged
+    if scale == 0:
+        return merged
+    return merged | {n: (wide(base[n], device) + x).to(base[n]) for n, x in update.items()}
