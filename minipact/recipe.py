@@ -81,6 +81,9 @@ class Recipe:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise MergeError(f"seed {self.seed!r} must be a whole number")
 
+    def __hash__(self) -> int:
+        return hash((str(self.rule), str(self.purify), self.scale, self.vectors, self.seed))
+
     def keywords(self) -> dict[str, Any]:
         """The fields as keyword arguments of `merge` and `Merged`."""
         return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -269,3 +269,11 @@ def test_the_recipe_of_another_scale_is_effective_too():
         assert (recipe.scale, recipe.vectors) == (scale, vectors)
         assert same(mp.Merged(BASE, TASKS, **recipe.keywords()), lazy.at(scale))
     assert lazy.recipe.scale == 1.0
+
+
+def test_equal_recipes_have_one_hash():
+    one, two = (
+        mp.Recipe("ties", ["pact"], {"pact": {"core": 3}}, policy={"a": "copy"}) for _ in "ab"
+    )
+    assert len({one, two}) == 1
+    assert len({one, one.but(policy=()), one.but(scale=2)}) == 3
