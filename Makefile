@@ -4,7 +4,7 @@ BIN := .venv/bin
 NOTEBOOKS := $(wildcard book/*.ipynb)
 # One process a core, each with one thread (conftest.py); who is done early takes tests from another.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
-NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 -q -n 2 --dist loadfile
+NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -q -n 2 --dist loadfile
 
 .PHONY: help venv book test unit quick lint notebooks repro zoo bench screenshots clean
 
