@@ -13,8 +13,8 @@ ROOMS = {  # room -> names; __init__.pyi says the same to type checkers
     "job": "merge_files recorded",
     "lbw_weights": "LBWMasks benjamini_hochberg cohens_d enrichment lbw_mask overwrite permutation_test",
     "merging": "METHODS Merged Sweep merge sweep",
-    "methods": "Method Walls dare iso_c iso_cts load_bearing_walls pact register sift task_arithmetic "
-    "ties tsv_m",
+    "methods": "Method Walls ace dare iso_c iso_cts load_bearing_walls pact register sift "
+    "task_arithmetic ties tsv_m wiener wudi",
     "output": "save_checkpoint",
     "per_task": "tsv_compress tsv_decompress",
     "recipe": "Recipe",

@@ -29,6 +29,7 @@ from minipact.merging import merge as merge
 from minipact.merging import sweep as sweep
 from minipact.methods import Method as Method
 from minipact.methods import Walls as Walls
+from minipact.methods import ace as ace
 from minipact.methods import dare as dare
 from minipact.methods import iso_c as iso_c
 from minipact.methods import iso_cts as iso_cts
@@ -39,6 +40,8 @@ from minipact.methods import sift as sift
 from minipact.methods import task_arithmetic as task_arithmetic
 from minipact.methods import ties as ties
 from minipact.methods import tsv_m as tsv_m
+from minipact.methods import wiener as wiener
+from minipact.methods import wudi as wudi
 from minipact.output import save_checkpoint as save_checkpoint
 from minipact.per_task import tsv_compress as tsv_compress
 from minipact.per_task import tsv_decompress as tsv_decompress

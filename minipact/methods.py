@@ -2,8 +2,8 @@
 
 For each weight, W0 [m, n] of the base and D [T, m, n] = the T task matrices W_t - W0:
 
-    purifiers     (W0, D) -> D        pact, sift, dare
-    rules         D -> merged         task_arithmetic, ties, tsv_m, iso_c, iso_cts
+    purifiers     (W0, D) -> D        pact, sift, dare, wiener
+    rules         D -> merged         task_arithmetic, ties, tsv_m, iso_c, iso_cts, wudi, ace
 
 Checked, exact or randomized, in any floating-point type. `minipact/plain.py` has the same methods as bare
 equations. Shapes stand in square brackets: m outputs, n inputs, T tasks. Singular vectors are columns.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -64,6 +65,8 @@ class Method:
             function of D [T, ...] that it yields is called on every tensor, or for "entries" on blocks
             [T, b] of it; the values, tensors dense or sparse, are added up and sent back. What it returns
             reaches `function` as keyword arguments.
+        sided: whether a rule on matrices tells inputs from outputs. Matrices stored for x @ W then come to
+            it transposed, as they do to every purifier of matrices.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Method:
     scale: Mapping[str, float] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     survey: Survey | None = None
+    sided: bool = False
 
     def __post_init__(self) -> None:
         if self.name in PLAIN_WORDS:
@@ -198,13 +202,14 @@ def _method(
     source: str,
     needs: str = "",
     survey: Survey | None = None,
+    sided: bool = False,
     **scale: float,
 ) -> Callable[[_F], _F]:
     """Decorator that registers a function on tensors under its own name."""
 
     def enter(function: _F) -> _F:
-        name = function.__name__
-        register(Method(name, kind, function, source, acts_on, scale, tuple(needs.split()), survey))
+        name, needed = function.__name__, tuple(needs.split())
+        register(Method(name, kind, function, source, acts_on, scale, needed, survey, sided))
         return function
 
     return enter
@@ -247,6 +252,12 @@ def check_stack(D: Tensor, W0: Tensor | None = None) -> None:
         raise MergeError(f"W0 {tuple(W0.shape)} does not fit D [T, m, n] = {tuple(D.shape)}")
 
 
+def check_finite(x: Tensor) -> None:
+    """Raise MergeError where x holds NaN or infinity."""
+    if not is_finite(x):
+        raise MergeError("a matrix holds NaN or infinity: check the checkpoints it comes from")
+
+
 # ---- Singular vectors ----------------------------------------------------------------------------
 
 
@@ -266,8 +277,7 @@ def singular_triples(x: Tensor, tol: float, rank: Rank | None = None) -> Triples
     if x.shape[0] < x.shape[1]:
         v, s, u = singular_triples(x.mT, tol, rank)
         return u, s, v
-    if not is_finite(x):
-        raise MergeError("a matrix holds NaN or infinity: check the checkpoints it comes from")
+    check_finite(x)
     x = x.double()
     if tol < 1e-6:
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
@@ -362,6 +372,13 @@ def span_basis(a: Tensor, tol: float) -> Tensor:
     return singular_triples(a, max(tol, 1e-12))[0]
 
 
+def unit_tasks(D: Tensor) -> Tensor:
+    """D [T, m, n] in float64 with each task matrix of Frobenius norm 1; a zero one stays zero."""
+    norms = D.double().norm(dim=(1, 2), keepdim=True)
+    unit: Tensor = D.double() / norms.where(norms > 0, 1)
+    return unit
+
+
 # ---- Load-bearing walls --------------------------------------------------------------------------
 
 
@@ -446,7 +463,7 @@ def without_directions(x: Tensor, basis: Tensor, strength: float = 1.0) -> Tenso
     return cleared.to(x.dtype)
 
 
-# ---- Purifiers: (W0, D) -> D ---------------------------------------------------------------------
+# ---- Purifiers: (W0, D) -> D or D -> D -----------------------------------------------------------
 
 
 @_method("purifier", "matrix", "Shi et al. 2026, arXiv 2606.18627", "base generator")
@@ -532,6 +549,59 @@ def dare(
         draws = torch.rand(d.shape, generator=g, device=g.device if g else "cpu")
         torch.mul(d, (draws >= p).to(d.device), out=out)
     return kept.div_(1 - p) if rescale else kept
+
+
+@_method("purifier", "matrix", "minipact, unpublished")
+def wiener(D: Tensor, *, output: float = 30.0, input: float = 0.0, ridge: float = 3.0) -> Tensor:
+    """A Wiener filter on both sides: weigh what each task needs against what the others claim.
+
+    D'_j = L_j D_j R_j. On the output side C_i = D_i D_i^T, scaled to mean eigenvalue 1, A_j = C_j + ridge I
+    is what task j needs, and B_j = output / (T - 1) * sum_{i != j} C_i what the others claim. L_j D_j with
+    L_j = (A_j + B_j)^{-1} A_j is the X that minimises ||A_j^{1/2} (X - D_j)||^2 + ||B_j^{1/2} X||^2. On the
+    input side R_j = A_j (A_j + B_j)^{-1} likewise, from C_i = D_i^T D_i and `input`. Both sides see the D
+    that is given, so their order is free. This project's own, unpublished; it needs no W0 and no data.
+
+    Args:
+        D: [T, m, n] task matrices W_t - W0.
+        output, input: weight of the others' claims on each side; 0 leaves a side out.
+        ridge: what a task needs in every direction, in units of the mean eigenvalue. The larger, the less
+            the directions of its own update stand out.
+
+    Returns [T, m, n] filtered task matrices in D's dtype. The output side leaves tasks unchanged whose column
+    spaces are orthogonal, the input side those whose row spaces are; both leave one task alone. In
+    memory they take Grams [T, m, m] and [T, n, n] in float64. Raises MergeError unless D is a finite stack
+    of matrices, output and input are 0 or more, and ridge is 1e-9 or more.
+    """
+    check_stack(D)
+    check_finite(D)
+    _check_claims(output, input, ridge)
+    if len(D) == 1 or output == input == 0:
+        return D.clone()
+    filtered = D.double()
+    if output:
+        filtered = _wiener_filters(D, output, ridge) @ filtered
+    if input:
+        filtered = filtered @ _wiener_filters(D.mT, input, ridge).mT
+    return filtered.to(D.dtype)
+
+
+def _check_claims(output: float, input: float, ridge: float) -> None:
+    for name, weight in (("output", output), ("input", input)):
+        if not 0 <= weight < math.inf:
+            hint = "give 0 to leave this side out, or a positive number such as 30"
+            raise MergeError(f"{name}={weight} must be 0 or more: {hint}")
+    if not 1e-9 <= ridge < math.inf:
+        hint = "give a number such as 3, or 1e-9, which float64 still tells from rounding"
+        raise MergeError(f"ridge={ridge} must be above 0: {hint}")
+
+
+def _wiener_filters(D: Tensor, claims: float, ridge: float) -> Tensor:
+    """(A_j + B_j)^{-1} A_j [T, m, m] of each task, for the left side of D [T, m, n]."""
+    unit = unit_tasks(D)
+    grams = D.shape[1] * unit @ unit.mT
+    needs = grams + ridge * torch.eye(D.shape[1]).to(grams)
+    weighed = needs + claims / (len(D) - 1) * (grams.sum(0) - grams)
+    return torch.cholesky_solve(needs, torch.linalg.cholesky(weighed))
 
 
 # ---- Rules: D -> merged --------------------------------------------------------------------------
@@ -716,3 +786,106 @@ def _own_directions(d: Tensor, common: Tensor, count: int, tol: float) -> Triple
 def _mean_singular_value(s: Tensor, D: Tensor, mean_over: str) -> Tensor:
     check_known("mean_over", [mean_over], ("all", "range"))
     return s.sum() / (min(D.shape[1:]) if mean_over == "all" else max(1, len(s)))
+
+
+@_method("rule", "matrix", "Cheng et al. 2025, arXiv 2503.08099", sided=True, any=1.0)
+def wudi(D: Tensor, *, ridge: float = 1e-3) -> Tensor:
+    """WUDI: do on each task's own inputs, for which its update stands, what that update does.
+
+    The rows of D_i are combinations of task i's inputs. The result M minimises
+    sum_i ||(M - D_i) D_i^T||^2 / ||D_i||^2: with G = sum_i D_i^T D_i / ||D_i||^2,
+
+        M = (sum_i D_i D_i^T D_i / ||D_i||^2) (G + ridge tr(G) / n I)^{-1}
+
+    which is RegMean with D_i^T D_i for the covariance of the inputs. The paper descends from the sum of
+    the D_i to the same minimum. Source: Cheng et al. 2025 (arXiv 2503.08099); the ridge is ours.
+
+    D is [T, m, n], the result [m, n] in its dtype; zero updates add nothing. ridge=0 takes the
+    pseudo-inverse, on the numerical rank of all rows together. Raises MergeError unless D is a finite stack
+    of matrices, and ridge is 0 or at least 1e-9.
+    """
+    check_stack(D)
+    check_finite(D)
+    if ridge != 0 and not 1e-9 <= ridge < math.inf:
+        hint = "give 0 for the pseudo-inverse, or a positive number such as 1e-3"
+        raise MergeError(f"ridge={ridge} must be 0, or from 1e-9 on: {hint}")
+    if is_zero(D):
+        return torch.zeros_like(D[0])
+    unit = unit_tasks(D)
+    rows = unit.flatten(0, 1)  # [T m, n]
+    targets = (unit @ D.double().mT).flatten(0, 1)  # [T m, m]: rows M^T = targets is to hold
+    if ridge == 0:
+        u, s, v = singular_triples(rows, roundoff(D.dtype))
+        return (targets.mT @ u / s @ v.mT).to(D.dtype)
+    gram = rows.mT @ rows
+    gram.diagonal().add_(ridge * gram.trace() / len(gram))
+    merged: Tensor = torch.linalg.solve(gram, targets.mT @ rows, left=False)
+    return merged.to(D.dtype)
+
+
+@_method("rule", "matrix", "CVPR 2026, arXiv 2603.02945", sided=True, any=1.0)
+def ace(D: Tensor, *, epsilon: float = 1e-2) -> Tensor:
+    """ACE-Merging: RegMean with covariances from the updates, centred over the outputs.
+
+    With Z_t the update less its mean over the outputs, S_t = Z_t^T Z_t and E_t = epsilon I,
+
+        M = (sum_t Z_t (S_t + E_t)) (sum_t (S_t + E_t) + C)^{-1}
+
+    where every row of C is the mean row of sum_t S_t. Updates are uneven where the variance of
+    log ||D_t||^2 is above 0.3 times their squared mean. Then S_t and E_t are divided by tr S_t, C by the
+    mean of ||D_t||^2, and M gains the first 30 % of the singular directions of
+    M + sum_t D_t (S_t - mean_t (S_t + E_t)), all with their mean singular value.
+
+    Source: ACE-Merging, CVPR 2026 (arXiv 2603.02945), read from the authors' code, src/merge/strategy.py at
+    commit 22d9dfe: so the numerator takes centred updates, but the norms and the last term those given;
+    variances are over T - 1; 1e-12 is added to the squared mean, which may be 0. Our reading where
+    that code divides by nothing: an update without a covariance, zero or with equal rows, is left
+    out; a single one is not uneven; the 30 % are one direction at least, and none of rounding size.
+
+    D is [T, m, n], the result [m, n] in its dtype. It does not scale with D. Raises MergeError
+    unless D is a finite stack of matrices and epsilon is above 0.
+    """
+    check_stack(D)
+    check_finite(D)
+    if not 0 < epsilon < math.inf:
+        raise MergeError(f"epsilon={epsilon} must be above 0: give a small number such as 0.01")
+    given, centred = _with_covariance(D)
+    if not len(given):
+        return torch.zeros_like(D[0])
+    squares = given.square().sum((1, 2))
+    logs = squares.log()
+    uneven = len(given) > 1 and bool(logs.var() > 0.3 * (logs.mean() ** 2 + 1e-12))
+    traces, size = centred.square().sum((1, 2), keepdim=True), squares.mean()
+    if not uneven:
+        traces, size = torch.ones_like(traces), torch.ones_like(size)
+    loads = epsilon / traces
+    covariance = given.new_zeros(D.shape[2], D.shape[2])
+    weighted, own = torch.zeros_like(given[0]), torch.zeros_like(given[0])
+    for d, z, trace in zip(given, centred, traces, strict=True):
+        one = z.mT @ z / trace
+        covariance += one
+        weighted += z @ one
+        own += d @ one
+    shared = covariance.mean(0) / size
+    covariance.diagonal().add_(loads.sum())
+    weighted += (loads * centred).sum(0)
+    merged: Tensor = torch.linalg.solve(covariance + shared, weighted, left=False)
+    if uneven:
+        fused = merged + own - given.sum(0) @ covariance / len(given)
+        merged += _leading_isotropic(fused, roundoff(D.dtype))
+    return merged.to(D.dtype)
+
+
+def _with_covariance(D: Tensor) -> tuple[Tensor, Tensor]:
+    """Those task matrices whose rows differ, in float64, as given and less their mean row."""
+    given = D.double()
+    centred = given - given.mean(1, keepdim=True)
+    seen = centred.norm(dim=(1, 2)) > roundoff(D.dtype) * given.norm(dim=(1, 2))
+    return given[seen], centred[seen]
+
+
+def _leading_isotropic(x: Tensor, tol: float, share: float = 0.3) -> Tensor:
+    """The leading share of x's singular directions, all with their mean singular value."""
+    u, s, v = singular_triples(x, tol, share)
+    flat: Tensor = s.sum() / direction_count(share, min(x.shape)) * (u @ v.mT)
+    return flat

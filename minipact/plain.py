@@ -54,7 +54,13 @@ def polar(A, tol):
     return U @ V.mT
 
 
-# ---- Purifiers: (W0, D) -> D ---------------------------------------------------------------------
+def unit(D):
+    """Each task matrix over its norm, in float64; zero stays zero."""
+    norms = D.double().norm(dim=(1, 2), keepdim=True)
+    return D.double() / norms.where(norms > 0, 1)
+
+
+# ---- Purifiers: (W0, D) -> D or D -> D -----------------------------------------------------------
 
 
 def pact(W0, D, *, core=0.05, task=0.04, tol=1e-3, strength=1.0):
@@ -85,6 +91,30 @@ def dare(D, p=0.9, *, rescale=True, generator=None):
     draws = torch.stack([torch.rand(d.shape, generator=generator) for d in D])
     kept = torch.where(draws.to(D.device) >= p, D, 0)
     return kept / (1 - p) if rescale else kept
+
+
+def wiener(D, *, output=30.0, input=0.0, ridge=3.0):
+    """Weigh what each task needs against what the others claim (minipact, unpublished).
+
+    D'_j = L_j D_j R_j. L_j D_j is the X with the least |A_j^(1/2) (X - D_j)|^2 + |B_j^(1/2) X|^2, where
+    C_i is D_i D_i^T with mean eigenvalue 1, A_j = C_j + ridge I, and B_j = output * the mean of the other
+    C_i. R_j does the same from the right, with `input` and D_i^T D_i; both see the D that is given.
+    """
+    filtered = D.double()
+    if output:
+        filtered = filters(D, output, ridge) @ filtered
+    if input:
+        filtered = filtered @ filters(D.mT, input, ridge).mT
+    return filtered.to(D)
+
+
+def filters(D, claims, ridge):
+    """(A_j + B_j)^-1 A_j [T, m, m] from the left, see `wiener`; a zero update has C = 0."""
+    E = unit(D)
+    C = D.shape[1] * E @ E.mT
+    A = C + ridge * torch.eye(D.shape[1]).to(C)
+    B = claims / max(1, len(D) - 1) * (C.sum(0) - C)
+    return torch.linalg.solve(A + B, A)
 
 
 # ---- Rules: D -> one update ----------------------------------------------------------------------
@@ -146,6 +176,54 @@ def mean_singular_value(S, D, mean_over):
     return S.sum() / (min(D[0].shape) if mean_over == "all" else max(1, len(S)))
 
 
+def wudi(D, *, ridge=1e-3):
+    """WUDI: do on each task's own inputs, for which its update stands, what that does (Cheng et al. 2025).
+
+    The M with the least sum_i |(M - D_i) D_i^T|^2 / |D_i|^2, solved exactly where the paper descends;
+    RegMean with D_i^T D_i for the covariance of the inputs. ridge is in units of its mean eigenvalue.
+    """
+    if not D.any():
+        return D.sum(0)
+    E = unit(D)
+    F = (E @ D.double().mT).flatten(0, 1)  # [T m, m]: E M^T = F is to hold
+    E = E.flatten(0, 1)  # [T m, n]
+    if ridge == 0:
+        U, S, V = svd(E, roundoff(D))
+        return (F.mT @ U / S @ V.mT).to(D)
+    G = E.mT @ E
+    G += ridge * G.trace() / len(G) * torch.eye(len(G)).to(G)
+    return torch.linalg.solve(G, F.mT @ E, left=False).to(D)
+
+
+def ace(D, *, epsilon=1e-2):
+    """ACE-Merging: covariances from updates centred over the outputs (CVPR 2026, arXiv 2603.02945).
+
+    As in the authors' code. Ours: an update without a covariance, zero or with equal rows, is left out, a
+    single one is not uneven, and directions of rounding size get nothing.
+    """
+    X = D.double()
+    Z = X - X.mean(1, keepdim=True)
+    seen = Z.norm(dim=(1, 2)) > roundoff(D) * X.norm(dim=(1, 2))
+    X, Z = X[seen], Z[seen]
+    if not len(X):
+        return torch.zeros_like(D[0])
+    squares = X.square().sum((1, 2))
+    logs = squares.log()
+    uneven = len(X) > 1 and logs.var() > 0.3 * (logs.mean() ** 2 + 1e-12)
+    traces, size = Z.square().sum((1, 2), keepdim=True), squares.mean()
+    if not uneven:
+        traces, size = torch.ones_like(traces), 1
+    C = Z.mT @ Z / traces  # [T, n, n]
+    loaded = C + epsilon / traces * torch.eye(C.shape[-1]).to(C)
+    shared = C.sum(0).mean(0) / size  # [n], added to every row
+    M = torch.linalg.solve(loaded.sum(0) + shared, (Z @ loaded).sum(0), left=False)
+    if uneven:
+        fused = M + (X @ (C - loaded.mean(0))).sum(0)
+        U, S, V = svd(fused, roundoff(D), 0.3)
+        M = M + S.sum() / count(0.3, min(M.shape), S) * U @ V.mT
+    return M.to(D)
+
+
 # ---- A model per task ----------------------------------------------------------------------------
 
 
@@ -168,8 +246,12 @@ def tsv_decompress(U, S, V):
 
 # ---- Whole models --------------------------------------------------------------------------------
 
-METHODS = {f.__name__: f for f in (pact, sift, dare, task_arithmetic, ties, tsv_m, iso_c, iso_cts)}
+PURIFIERS = (pact, sift, dare, wiener)
+RULES = (task_arithmetic, ties, tsv_m, iso_c, iso_cts, wudi, ace)
+METHODS = {f.__name__: f for f in (*PURIFIERS, *RULES)}
 FLAT = ("dare", "task_arithmetic", "ties")  # these act on all tensors, the others on matrices
+BASED = ("pact", "sift")  # purifiers that look at W0
+SIDED = ("wudi", "ace")  # rules that tell inputs from outputs
 TABLES = ("text_projection", "token_embedding", "embed_tokens", "word_embeddings", "wte.")
 TRANSPOSED = re.compile(r"(^|visual\.)proj$|(^|\.)h\.\d+\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
 
@@ -191,23 +273,31 @@ def wide(x, device):
 def purified(D, W0, how, purify, run):
     """D behind all purifiers; those for matrices see inputs as columns."""
     for name in purify:
-        if name in FLAT:
-            D = run(name, D)
-        elif how == "matrix":
-            D = run(name, W0, D)
+        inputs = (W0, D) if name in BASED else (D,)
+        if name in FLAT or how == "matrix":
+            D = run(name, *inputs)
         elif how == "matrix_T":
-            D = run(name, W0.mT, D.mT).mT
+            D = run(name, *(x.mT for x in inputs)).mT
     return D
 
 
 def merged_by(rule, D, kinds, run):
-    """One update for each tensor; a flat rule sees them all as one."""
+    """One update for each tensor; a flat rule sees them all as one, a sided one inputs as columns."""
     if rule not in FLAT or not D:
-        return {n: d.mean(0) if kinds[n] == "vector" else run(rule, d) for n, d in D.items()}
+        return {n: merged_alone(rule, d, kinds[n], run) for n, d in D.items()}
     sizes = [d[0].numel() for d in D.values()]
     rows = [d.reshape(len(d), size) for d, size in zip(D.values(), sizes, strict=True)]
     parts = run(rule, torch.cat(rows, dim=1)).split(sizes)
     return {n: part.view_as(D[n][0]) for n, part in zip(D, parts, strict=True)}
+
+
+def merged_alone(rule, D, how, run):
+    """One update for one tensor, by a rule on matrices."""
+    if how == "vector":
+        return D.mean(0)
+    if how == "matrix_T" and rule in SIDED:
+        return run(rule, D.mT).mT
+    return run(rule, D)
 
 
 @torch.no_grad()

@@ -30,9 +30,10 @@ def default_policy(name: str, tensor: Tensor) -> str:
     """How a floating-point tensor is treated: "matrix", "matrix_T", "vector" or "copy".
 
     Matrices are 2-D weights used as x @ W^T. "matrix_T" is stored the other way round, for x @ W (CLIP's
-    `visual.proj`, GPT-2's Conv1D layers): purifiers see it transposed. Vectors are all the rest: biases,
-    norms, convolutions, token tables, and `text_projection`, as published; so are positional embeddings
-    as matrices. Statistics of batch normalisation are copied: recompute them after merging.
+    `visual.proj`, GPT-2's Conv1D layers): purifiers see it transposed, and so do rules that tell inputs from
+    outputs. Vectors are all the rest: biases, norms, convolutions, token tables, and `text_projection`, as
+    published; so are positional embeddings as matrices. Statistics of batch normalisation are copied:
+    recompute them after merging.
     """
     if name.endswith(("running_mean", "running_var")):
         return "copy"
@@ -120,9 +121,10 @@ class Applied:
         return fits and kind != "copy" and _matches(name, self.scope)
 
     def sees_transposed(self, kind: str) -> bool:
-        """Whether it sees tensors of this kind transposed: inputs are the columns of what it clears."""
+        """Whether it sees tensors of this kind transposed, so that inputs are columns."""
         method = self.method
-        return kind == "matrix_T" and (method.kind, method.acts_on) == ("purifier", "matrix")
+        sided = method.sided or method.kind == "purifier"
+        return kind == "matrix_T" and method.acts_on == "matrix" and sided
 
     def taken_by(self, function: Callable[..., object]) -> dict[str, Any]:
         """Those options that a function has parameters for."""

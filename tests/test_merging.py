@@ -19,7 +19,7 @@ from minipact import methods, tensors
 from minipact.methods import SurveyPasses
 from minipact.parallel import in_threads
 
-RULES = ("task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts")
+RULES = ("task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "wudi", "ace")
 VECTORS = ("auto", "rule", "mean", "copy", 0.4)
 BASE = small_model(0)
 TASKS = [small_model(100 * t, BASE) for t in (1, 2, 3)]
@@ -42,6 +42,8 @@ def test_matrices_vectors_and_integers_go_their_ways():
     # used as x @ W: its input side is the first axis
     transposed = mp.pact(BASE[PROJ].mT, differences(PROJ).mT).mT
     assert torch.equal(merged.delta(PROJ), mp.iso_c(transposed))
+    sided = mp.Merged(BASE, TASKS, rule="wudi", scale=1.0)
+    assert torch.equal(sided.delta(PROJ), mp.wudi(differences(PROJ).mT).mT)
     for name in (BIAS, "visual.conv1.weight"):
         assert torch.equal(merged.delta(name), differences(name).mean(0))
     assert merged.delta("visual.steps") is None
@@ -157,7 +159,7 @@ def test_dtypes():
     assert torch.equal(wide["visual.proj"].bfloat16(), merged["visual.proj"])
     double = {name: x.double() if x.is_floating_point() else x for name, x in BASE.items()}
     assert mp.Merged(double, TASKS).delta("visual.proj").dtype == torch.float64
-    for function in (mp.tsv_m, mp.iso_c, mp.iso_cts):
+    for function in (mp.tsv_m, mp.iso_c, mp.iso_cts, mp.wudi, mp.ace):
         assert function(single(3, 8, 6).bfloat16()).dtype == torch.bfloat16
 
 

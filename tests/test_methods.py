@@ -15,8 +15,8 @@ import minipact as mp
 from helpers import decaying, normal, problem, rng, same, single, small_model
 from minipact import methods
 
-RULES = ("task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts")
-MATRIX_RULES = (mp.tsv_m, mp.iso_c, mp.iso_cts)
+RULES = ("task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "wudi")
+MATRIX_RULES = (mp.tsv_m, mp.iso_c, mp.iso_cts, mp.wudi)
 BASE = small_model(0)
 TASKS = [small_model(100 * t, BASE) for t in (1, 2, 3)]
 
@@ -145,7 +145,7 @@ def test_iso_and_sift_change_a_single_task():
     assert not torch.allclose(mp.sift(W0, D), D, atol=1e-6)
 
 
-@pytest.mark.parametrize("function", MATRIX_RULES)
+@pytest.mark.parametrize("function", [*MATRIX_RULES, mp.ace])
 def test_rules_on_stacks_do_not_depend_on_order(function):
     W0, D = problem()
     for order in itertools.islice(itertools.permutations(range(4)), 6):
@@ -269,7 +269,7 @@ def test_a_zero_task_matrix_is_protected_all_the_same():
     assert not filtered[2].any()
 
 
-@pytest.mark.parametrize("function", MATRIX_RULES)
+@pytest.mark.parametrize("function", [*MATRIX_RULES, mp.ace])
 def test_whitening_leaves_cleared_directions_clear(function):
     W0, D = problem(tasks=6)
     v0 = torch.linalg.svd(W0).Vh[:6].mT
@@ -436,6 +436,9 @@ OPTIONS = {
     "tsv_m": {"rank": 2},
     "iso_c": {"mean_over": "range"},
     "iso_cts": {"common": 0.5},
+    "wudi": {"ridge": 0.1},
+    "ace": {"epsilon": 0.1},
+    "wiener": {"output": 10.0, "input": 1.0, "scope": "*c_fc*"},
 }
 
 

@@ -38,6 +38,8 @@ def test_every_method_is_there_with_its_options(name: str):
 def test_merge_knows_all_purifiers_and_rules():
     assert set(plain.METHODS) == {*PURIFIERS, *RULES}
     assert set(plain.FLAT) == {x for x in plain.METHODS if mp.METHODS[x].acts_on != "matrix"}
+    assert set(plain.BASED) == {x for x in plain.METHODS if "base" in mp.METHODS[x].needs}
+    assert set(plain.SIDED) == {x for x in plain.METHODS if mp.METHODS[x].sided}
 
 
 # ---- Tensor by tensor ----------------------------------------------------------------------------
@@ -69,6 +71,12 @@ def flat_blocks(size: int) -> tuple[Tensor, Tensor]:
     return W0, D
 
 
+def uneven(m: int, n: int) -> tuple[Tensor, Tensor]:
+    """Tasks of very different sizes."""
+    W0, D = problem(m, n)
+    return W0, D * torch.tensor([0.01, 0.1, 3.0, 100.0]).double()[:, None, None]
+
+
 STACKS = {
     "square": problem(24, 24),
     "tall": problem(40, 18),
@@ -81,6 +89,7 @@ STACKS = {
     "nothing but zero": (decaying(8, 6), torch.zeros(3, 8, 6).double()),
     "copies": copies(20, 16),
     "one row": problem(1, 12),
+    "uneven": uneven(20, 16),
 }
 CASES = [
     *(("pact", options) for options in (
@@ -96,6 +105,11 @@ CASES = [
     *(("iso_c", {"mean_over": over}) for over in ("all", "range")),
     *(("iso_cts", {"common": common}) for common in (0.3, 0.8, 1.0)),
     ("iso_cts", {"mean_over": "range"}),
+    *(("wudi", {"ridge": ridge}) for ridge in (1e-3, 0.1, 0)),
+    *(("ace", {"epsilon": epsilon}) for epsilon in (1e-2, 1.0)),
+    *(("wiener", options) for options in (
+        {}, {"output": 0.0}, {"output": 0.0, "input": 5.0}, {"input": 2.0, "ridge": 0.1},
+    )),
 ]  # fmt: skip
 
 
@@ -288,7 +302,9 @@ def agree(ours: dict[str, Tensor], equations: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("purify", [(), ("pact",), ("sift",), ("dare",), ("dare", "pact")])
+@pytest.mark.parametrize(
+    "purify", [(), ("pact",), ("sift",), ("dare",), ("dare", "pact"), ("wiener",)]
+)
 @pytest.mark.parametrize("vectors", ["auto", "rule", "mean", "copy", 0.3])
 def test_whole_merges_agree(rule: str, purify: tuple[str, ...], vectors: str | float):
     options = {"dare": {"p": 0.0}} if "dare" in purify else {}  # masks differ, so none is drawn

@@ -71,7 +71,7 @@ def test_negation_returns_to_the_base():
 
 # ---- The merged task vector ----------------------------------------------------------------------
 
-RULES = ("task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts")
+RULES = ("task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "wudi", "ace")
 
 
 @pytest.mark.parametrize("rule", RULES)
