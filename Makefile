@@ -6,7 +6,7 @@ NOTEBOOKS := $(wildcard book/*.ipynb)
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -q -n 2 --dist loadfile
 
-.PHONY: help venv book test unit quick lint notebooks repro zoo bench screenshots clean
+.PHONY: help venv book test unit quick lint notebooks repro zoo encoder bench screenshots clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -17,7 +17,7 @@ venv: .venv/installed  ## make the virtual environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo 'Python 3.10 or newer is needed: make PYTHON=/path/to/python3.11'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --prefer-binary -e '.[book,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --prefer-binary -e '.[book,test,encoder]'
 	touch $@
 
 book: venv  ## build the book into _build/html, without executing it
@@ -47,6 +47,9 @@ repro: venv  ## the notebooks' results again: 1 and 2 threads, and plain CPU ker
 
 zoo: venv  ## retrain the mini zoo of seed 0 from nothing (about 25 minutes on 2 cores)
 	$(BIN)/python data/train_zoo.py --seed 0 --out data/zoo --table data/seeds.csv
+
+encoder: venv  ## fine-tune the real encoder again on its eight text tasks (about 30 minutes on 2 cores)
+	$(BIN)/python data/train_encoder.py
 
 bench: .venv-bench/installed  ## speed and memory next to mergekit and fusion-bench, as JSON in benchmarks/results
 	PYTHONPATH=. .venv-bench/bin/python benchmarks/full_scale.py

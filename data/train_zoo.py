@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 
+from sums import write_sums
 from tasks import TASKS, load, pretrain_world, to_tensor
-from zoo_io import Judge, State, image_tower, write_sums
+from zoo_io import Judge, State, image_tower
 
 MODEL: dict[str, Any] = {
     "embed_dim": 96,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,15 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+import packed
+from sums import verify
 from tasks import load, to_tensor
 
 State = dict[str, Tensor]
 Pictures = tuple[np.ndarray, np.ndarray]
 Encoder = Callable[[Tensor], Tensor]
-
-
-class ZooError(ValueError):
-    """A file of the zoo is missing or damaged."""
 
 
 @dataclass(frozen=True)
@@ -46,40 +43,21 @@ def load_zoo(folder: Path) -> Zoo:
     """Load the zoo after checking every file against SHA256SUMS.
 
     Raises:
-        ZooError: a file is missing or differs from its checksum; the message names it.
+        DataError: a file is missing or differs from its checksum; the message names it.
     """
-    verify(folder)
+    verify(folder, "restore it from the repository, or retrain it with `make zoo`")
     info = json.loads((folder / "zoo.json").read_text())
     stored = load_file(folder / "heads.safetensors")
     heads = {task: stored[task] for task in info["tasks"]}
-    tasks = {task: _tower(folder, task) for task in info["tasks"]}
-    return Zoo(info, _tower(folder, "base"), tasks, heads)
+    base = _tower(folder, "base")
+    return Zoo(info, base, {task: _tower(folder, task, base) for task in info["tasks"]}, heads)
 
 
-def verify(folder: Path) -> None:
-    """Raise ZooError unless all files of SHA256SUMS are there and whole."""
-    remedy = "restore data/zoo from the repository, or retrain it with `make zoo`"
-    sums = Path(folder, "SHA256SUMS")
-    if not sums.is_file():
-        raise ZooError(f"{sums} is missing: {remedy}")
-    for line in sums.read_text().splitlines():
-        digest, name = line.split("  ")
-        path = Path(folder, name)
-        if not path.is_file():
-            raise ZooError(f"{path} is missing: {remedy}")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-            raise ZooError(f"{path} is damaged (its SHA-256 differs): {remedy}")
-
-
-def write_sums(folder: Path) -> None:
-    """Write SHA256SUMS for all other files of the folder."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != "SHA256SUMS")
-    lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in files]
-    Path(folder, "SHA256SUMS").write_text("".join(lines))
-
-
-def _tower(folder: Path, name: str) -> State:
-    return {k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()}
+def _tower(folder: Path, name: str, base: State | None = None) -> State:
+    whole = folder / f"{name}.safetensors"
+    if base is not None and not whole.exists():
+        return packed.read(base, folder / f"{name}.safetensors.gz")
+    return {k: v.float() for k, v in load_file(whole).items()}
 
 
 def image_tower(config: dict[str, Any], weights: State | None = None) -> nn.Module:
@@ -100,10 +78,14 @@ def logits(tower: Encoder, head: Tensor, pixels: Tensor, batch: int = 100) -> Te
     return torch.cat([normalize(tower(x), dim=-1) @ head.mT for x in pixels.split(batch)])
 
 
+def right(tower: Encoder, head: Tensor, pixels: Tensor, labels: Tensor, batch: int = 100) -> Tensor:
+    """Which images [N, 3, height, width] are nearest to the class embedding of their label: booleans [N]."""
+    return logits(tower, head, pixels, batch).argmax(-1).cpu() == labels
+
+
 def hits(tower: Encoder, head: Tensor, pixels: Tensor, labels: Tensor, batch: int = 100) -> int:
     """How many images [N, 3, height, width] are nearest to the class embedding of their label [N]."""
-    found = logits(tower, head, pixels, batch).argmax(-1).cpu()
-    return int((found == labels).sum())
+    return int(right(tower, head, pixels, labels, batch).sum())
 
 
 def accuracy(tower: nn.Module, head: Tensor, images: np.ndarray, labels: np.ndarray) -> float:
@@ -139,11 +121,18 @@ class Judge:
         self, weights: Mapping[str, Tensor], split: str = "test", only: Iterable[str] | None = None
     ) -> dict[str, float]:
         """Share of right answers in 0..1 on every task, or on some, with these weights in the tower."""
+        found = self.right(weights, split, only)
+        return {task: int(answers.sum()) / len(answers) for task, answers in found.items()}
+
+    def right(
+        self, weights: Mapping[str, Tensor], split: str = "test", only: Iterable[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Which pictures come out right on every task, or on some, with these weights: booleans [N]."""
         self.tower.load_state_dict({k.removeprefix("visual."): x for k, x in weights.items()})
         found = {}
         for task in self.heads if only is None else only:
             pixels, labels = self._drawn(task, split)
-            found[task] = hits(self.tower, self.heads[task], pixels, labels) / len(labels)
+            found[task] = right(self.tower, self.heads[task], pixels, labels).numpy()
         return found
 
     def _drawn(self, task: str, split: str) -> tuple[Tensor, Tensor]:

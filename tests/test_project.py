@@ -38,7 +38,7 @@ def test_environment_installs_the_extras():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     extras = re.fullmatch(r"-e \.\[(.*)\]", pip[0])[1].split(",")
-    assert set(extras) == {"book", "test"} <= set(EXTRAS)
+    assert set(extras) == {"book", "test", "encoder"} <= set(EXTRAS)
     assert "python=3.11" in environment["dependencies"]
 
 

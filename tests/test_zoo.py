@@ -16,6 +16,7 @@ import train_zoo
 import zoo_io
 from helpers import ROOT
 from minipact.__main__ import main
+from sums import DataError
 
 FOLDER = ROOT / "data" / "zoo"
 INFO = json.loads((FOLDER / "zoo.json").read_text())
@@ -62,10 +63,10 @@ def copy(tmp_path: Path) -> Path:
 def test_damaged_or_missing_files_are_named(copy: Path, name: str):
     whole = (copy / name).read_bytes()
     (copy / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(zoo_io.ZooError, match=rf"{name} is damaged.*make zoo"):
+    with pytest.raises(DataError, match=rf"{name} is damaged.*make zoo"):
         zoo_io.load_zoo(copy)
     (copy / name).unlink()
-    with pytest.raises(zoo_io.ZooError, match=rf"{name} is missing"):
+    with pytest.raises(DataError, match=rf"{name} is missing"):
         zoo_io.load_zoo(copy)
 
 

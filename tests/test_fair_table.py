@@ -1,0 +1,218 @@
+"""The fair table: filters once for all rules, one grid, choices by the other kind, resuming, intervals."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import controls
+import fair_table
+import minipact as mp
+import verdicts
+from benches import Bench, Hits, mean_accuracy
+from helpers import close, flat, normal, problem, rng, small_model
+
+BASE = small_model(0)
+TASKS = {f"task{t}": small_model(100 * t, BASE) for t in (1, 2, 3)}
+
+
+class Judged:
+    """Right answers are the more, the nearer weights are to those of a target; counts its calls."""
+
+    def __init__(self, target: Mapping[str, Tensor]):
+        self.target, self.calls = flat(target), []
+
+    def __call__(self, weights: Mapping[str, Tensor], split: str, only: Iterable[str]) -> Hits:
+        self.calls.append(split)
+        off = float((flat(weights) - self.target).norm() / (flat(BASE) - self.target).norm())
+        share = 0.9 * np.exp(-off)
+        return {task: np.arange(verdicts.TESTS) < share * verdicts.TESTS for task in only}
+
+
+@pytest.fixture
+def bench() -> Bench:
+    target = mp.merge(BASE, TASKS, rule="task_arithmetic", scale=0.6)
+    return Bench("zoo0", "zoo", "abc", BASE, TASKS, Judged(target))
+
+
+# ---- Filters -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", fair_table.FILTERS)
+@pytest.mark.parametrize("rule", ["task_arithmetic", "ties", "tsv_m", "wudi"])
+def test_tasks_behind_a_filter_merge_as_the_recipe_says(bench: Bench, name: str, rule: str):
+    for options in fair_table.FILTERS[name][:2]:
+        recipe = fair_table.behind(rule, name, options)
+        tasks = fair_table.filtered(bench, name, options)
+        ours = mp.Merged(BASE, tasks, rule=rule, vectors="mean", scale=0.7)
+        wanted = mp.Merged(BASE, TASKS, **recipe.but(scale=0.7).keywords())
+        for tensor in BASE:
+            assert torch.allclose(ours[tensor], wanted[tensor], atol=1e-5), tensor
+
+
+def test_every_filter_has_as_many_settings():
+    assert {len(settings) for settings in fair_table.FILTERS.values()} == {4}
+    keys = [fair_table.key(recipe) for recipe in fair_table.settings_rows()]
+    assert len(keys) == len(set(keys)) == 7 * (2 + 4 * len(fair_table.FILTERS))
+
+
+# ---- Controls ------------------------------------------------------------------------------------
+
+
+def test_random_shields_have_the_dimensions_of_pacts():
+    W0, D = problem()
+    walls = mp.load_bearing_walls(W0, D, core=5, task=3)
+    cleared = controls.random_shield(W0, D, core=5, task=3, generator=rng())
+    for j in range(4):
+        removed = D[j] - cleared[j]
+        assert torch.linalg.matrix_rank(removed) == walls.shield(j).shape[1]
+        assert close((removed * cleared[j]).sum(), torch.tensor(0.0).double())
+    again = controls.random_shield(W0, D, core=5, task=3, generator=rng())
+    other = controls.random_shield(W0, D, core=5, task=3, generator=rng(1))
+    assert torch.equal(cleared, again)
+    assert not torch.allclose(cleared, other)
+
+
+def test_the_shield_of_updates_takes_the_others_leading_directions():
+    W0, D = problem()
+    sizes = controls.sizes(W0, D, 5, 3, 1e-3)
+    cleared = controls.updates_shield(W0, D, core=5, task=3)
+    for j in range(4):
+        others = torch.cat([d / d.norm() for i, d in enumerate(D) if i != j])
+        _, _, vh = torch.linalg.svd(others)
+        assert (cleared[j] @ vh[: sizes[j]].mT).abs().max() < 1e-10
+        assert torch.allclose(cleared[j] @ vh[sizes[j] :].mT, D[j] @ vh[sizes[j] :].mT, atol=1e-10)
+
+
+def test_shrinking_leaves_pacts_norms_and_all_directions():
+    W0, D = problem()
+    found, wanted = controls.shrinking(W0, D, core=5, task=3), mp.pact(W0, D, core=5, task=3)
+    assert close(found.norm(dim=(1, 2)), wanted.norm(dim=(1, 2)))
+    assert close(found / found.norm(dim=(1, 2), keepdim=True), D / D.norm(dim=(1, 2), keepdim=True))
+
+
+# ---- Scales --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top", range(8))
+def test_the_climb_finds_the_top_from_the_start(top: int):
+    assert fair_table.climb(lambda i: -abs(i - top), 8, start=3) == top
+
+
+def test_the_climb_stays_on_a_plateau():
+    assert fair_table.climb(lambda i: 0.5, 8, start=3) == 3
+
+
+def test_lengths_are_in_units_of_a_task_vector(bench: Bench):
+    one = bench.only(["task1"], "one")
+    merged = mp.Merged(BASE, one.tasks, rule="task_arithmetic", scale=1.0)
+    assert fair_table.length(merged, one) == pytest.approx(1)
+    assert fair_table.length(merged.at(0.3), one) == pytest.approx(0.3)
+
+
+def test_a_row_has_the_scale_of_the_best_length(bench: Bench):
+    row = fair_table.validated(bench, TASKS, fair_table.alone("task_arithmetic", "rule"))
+    merged = mp.Merged(BASE, TASKS, rule="task_arithmetic", vectors="rule", scale=row["scale"])
+    assert fair_table.length(merged, bench) == pytest.approx(row["length"], rel=1e-3)
+    assert 0.4 < row["scale"] < 0.9
+    assert row["val"] == max(row["curve"].values()) == row["curve"][f"{row['length']:.3f}"]
+    assert row["val"] == pytest.approx(mean_accuracy(bench.hits(merged, "val")), abs=1e-5)
+
+
+# ---- Stages --------------------------------------------------------------------------------------
+
+
+def test_rows_are_measured_once_and_resumed(bench: Bench, tmp_path: Path):
+    path = tmp_path / "zoo0.jsonl"
+    wanted = [fair_table.alone(rule, "mean") for rule in ("task_arithmetic", "tsv_m")]
+    wanted.append(fair_table.behind("tsv_m", "sift", {"core": 0.1}))
+    fair_table.fill(bench, path, wanted[:1], test=False)
+    fair_table.fill(bench, path, wanted, test=False)
+    assert set(bench.judge.calls) == {"val"}, "settings never look at test data"
+    assert [fair_table.row_key(row) for row in fair_table.read(path)] == list(
+        map(fair_table.key, wanted)
+    )
+    fair_table.fill(bench, path, wanted[1:], test=True)
+    assert bench.judge.calls.count("test") == 2
+    seen = len(bench.judge.calls)
+    fair_table.fill(bench, path, wanted[1:], test=True)
+    assert len(bench.judge.calls) == seen
+    assert ["hits" in row for row in fair_table.read(path)] == [False, True, True]
+    for row in fair_table.read(path)[1:]:
+        recipe = next(r for r in wanted if fair_table.key(r) == fair_table.row_key(row))
+        merged = mp.merge(BASE, TASKS, **recipe.but(scale=row["scale"]).keywords())
+        found = bench.hits(merged, "test")
+        assert all(np.array_equal(found[task], x) for task, x in verdicts.hits(row).items())
+
+
+def test_rows_of_another_training_are_measured_anew(bench: Bench, tmp_path: Path):
+    path = tmp_path / "zoo0.jsonl"
+    wanted = [fair_table.alone("tsv_m", "mean")]
+    fair_table.fill(bench, path, wanted, test=False)
+    other = Bench("zoo0", "zoo", "other", BASE, TASKS, bench.judge)
+    fair_table.fill(other, path, wanted, test=False)
+    assert [row["digest"] for row in fair_table.read(path)] == ["other"]
+
+
+def test_settings_are_chosen_on_the_other_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fair_table, "FOLDER", tmp_path)
+
+    def record(model: str, favourite: int) -> None:
+        """Rows of a model whose validation data like one place among the settings of each filter."""
+        rows = []
+        for recipe in fair_table.settings_rows():
+            row = {"purify": list(recipe.purify), "rule": recipe.rule, "vectors": recipe.vectors}
+            row["options"] = {name: dict(options) for name, options in recipe.options.items()}
+            settings = fair_table.FILTERS[recipe.purify[0]] if recipe.purify else [{}]
+            liked = [*row["options"].values(), {}][0] == settings[favourite % len(settings)]
+            rows.append(row | {"val": 0.9 if liked else 0.5})
+        fair_table.write(tmp_path / f"{model}.jsonl", rows)
+
+    record("zoo0", 3)
+    record("encoder", 1)
+    for model, place in (("zoo1", 1), ("zoo0", 1), ("encoder", 3)):
+        filtered = [r for r in fair_table.wanted_rows(model, "final") if r.purify]
+        assert len(filtered) == 7 * len(fair_table.FILTERS)
+        for recipe in filtered:
+            name = recipe.purify[0]
+            settings = fair_table.FILTERS[name][place]
+            assert fair_table.key(recipe) == fair_table.key(
+                fair_table.behind(recipe.rule, name, settings)
+            )
+    (tmp_path / "zoo0.jsonl").unlink()
+    with pytest.raises(SystemExit, match="settings first"):
+        fair_table.wanted_rows("encoder", "final")
+
+
+# ---- Intervals -----------------------------------------------------------------------------------
+
+
+def test_bits_come_back():
+    found = {"a": rng_booleans(0), "b": rng_booleans(1)}
+    row = {"hits": fair_table.packed(found)}
+    assert all(np.array_equal(found[task], x) for task, x in verdicts.hits(row).items())
+
+
+def rng_booleans(seed: int) -> np.ndarray:
+    return (normal(verdicts.TESTS, seed=seed) > 0).numpy()
+
+
+def test_gain_by_hand():
+    """Differences 1, 0, 0, 0 in one task and 1, 1, 0, 0 in the other: means 1/4 and 1/2."""
+    behind = {"a": np.array([1, 1, 0, 0], bool), "b": np.array([1, 1, 1, 0], bool)}
+    alone = {"a": np.array([0, 1, 0, 0], bool), "b": np.array([0, 0, 1, 0], bool)}
+    found = verdicts.gain([behind], [alone])
+    assert found.points == pytest.approx(37.5)
+    variances = (3 * (1 / 4) ** 2 + (3 / 4) ** 2) / 3 / 4, 4 * (1 / 2) ** 2 / 3 / 4
+    assert found.examples == pytest.approx(100 * 1.959964 * sum(variances) ** 0.5 / 2, rel=1e-5)
+    assert found.tasks == pytest.approx(100 * 12.7062 * (0.125 * 2**0.5) / 2**0.5, rel=1e-5)
+
+
+def test_several_trainings_count_an_example_once():
+    a, b = ({"x": rng_booleans(s), "y": rng_booleans(s + 1)} for s in (0, 5))
+    assert verdicts.gain([a, a], [b, b]) == verdicts.gain([a], [b])
+    mixed = verdicts.gain([a, b], [b, a])
+    assert (mixed.points, mixed.examples) == (0, 0)
