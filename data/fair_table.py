@@ -41,7 +41,7 @@ FILTERS: dict[str, list[dict[str, Any]]] = {
     "random_shield": PACT,
     "updates_shield": PACT,
     "shrinking": PACT,
-    "wiener": [{}, {"output": 10.0, "ridge": 1.0}, {"input": 3.0}, {"output": 0.0, "input": 30.0}],
+    "wiener": [{}, {"claims": 10.0}, {"ridge": 3.0}, {"side": "output", "ridge": 3.0}],
 }
 # Lengths of the merged update over all matrices, in units of the task vectors' mean length: one grid for all.
 LENGTHS = [0.5 * 1.5**step for step in range(8)]

@@ -16,7 +16,7 @@ import inspect
 import math
 import re
 import zlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -552,56 +552,90 @@ def dare(
 
 
 @_method("purifier", "matrix", "minipact, unpublished")
-def wiener(D: Tensor, *, output: float = 30.0, input: float = 0.0, ridge: float = 3.0) -> Tensor:
-    """A Wiener filter on both sides: weigh what each task needs against what the others claim.
+def wiener(D: Tensor, *, claims: float = 30.0, ridge: float = 1.0, side: str = "both") -> Tensor:
+    """A Wiener filter: weigh what each task needs against what the others claim, on both sides.
 
-    D'_j = L_j D_j R_j. On the output side C_i = D_i D_i^T, scaled to mean eigenvalue 1, A_j = C_j + ridge I
-    is what task j needs, and B_j = output / (T - 1) * sum_{i != j} C_i what the others claim. L_j D_j with
-    L_j = (A_j + B_j)^{-1} A_j is the X that minimises ||A_j^{1/2} (X - D_j)||^2 + ||B_j^{1/2} X||^2. On the
-    input side R_j = A_j (A_j + B_j)^{-1} likewise, from C_i = D_i^T D_i and `input`. Both sides see the D
-    that is given, so their order is free. This project's own, unpublished; it needs no W0 and no data.
+    Task j's X minimises
+
+        ||A^{1/2} (X - D_j) a^{1/2}||^2 + claims * ||B^{1/2} X b^{1/2}||^2
+
+    On the output side C_i = D_i D_i^T, scaled to mean eigenvalue 1, A = C_j + ridge I is what the task needs
+    and B = mean_{i != j} C_i what the others claim. a and b are the same of the input side, from D_i^T D_i.
+    So an update gives way only where others claim both the input it reads and the output it writes. This
+    project's own, unpublished; it needs no W0 and no data.
 
     Args:
         D: [T, m, n] task matrices W_t - W0.
-        output, input: weight of the others' claims on each side; 0 leaves a side out.
+        claims: weight of the others; 0 leaves D as it is.
         ridge: what a task needs in every direction, in units of the mean eigenvalue. The larger, the less
             the directions of its own update stand out.
+        side: "both", or "output" or "input" alone, with identities on the other.
 
-    Returns [T, m, n] filtered task matrices in D's dtype. The output side leaves tasks unchanged whose column
-    spaces are orthogonal, the input side those whose row spaces are; both leave one task alone. In
-    memory they take Grams [T, m, m] and [T, n, n] in float64. Raises MergeError unless D is a finite stack
-    of matrices, output and input are 0 or more, and ridge is 1e-9 or more.
+    Returns [T, m, n] filtered task matrices in D's dtype. Tasks whose column spaces are orthogonal, or
+    their row spaces, stay as they are; so does one task alone. Takes T eigendecompositions a side, and
+    memory for a few matrices [m, m] and [n, n] in float64. Raises MergeError unless D is a finite stack of
+    matrices, claims is 0 or more, ridge is 1e-9 or more, and side is known.
     """
     check_stack(D)
     check_finite(D)
-    _check_claims(output, input, ridge)
-    if len(D) == 1 or output == input == 0:
+    check_known("side", [side], ("both", "output", "input"))
+    _check_weights(claims, ridge)
+    if len(D) == 1 or claims == 0:
         return D.clone()
-    filtered = D.double()
-    if output:
-        filtered = _wiener_filters(D, output, ridge) @ filtered
-    if input:
-        filtered = filtered @ _wiener_filters(D.mT, input, ridge).mT
-    return filtered.to(D.dtype)
+    unit, filtered = unit_tasks(D), torch.empty_like(D)
+    nothing = [None] * len(D)
+    left = _claimed_seats(unit, ridge) if side != "input" else nothing
+    right = _claimed_seats(unit.mT, ridge) if side != "output" else nothing
+    for j, (rows, columns) in enumerate(zip(left, right, strict=True)):
+        filtered[j] = _given_way(D[j].double(), claims, rows, columns)
+    return filtered
 
 
-def _check_claims(output: float, input: float, ridge: float) -> None:
-    for name, weight in (("output", output), ("input", input)):
-        if not 0 <= weight < math.inf:
-            hint = "give 0 to leave this side out, or a positive number such as 30"
-            raise MergeError(f"{name}={weight} must be 0 or more: {hint}")
+def _check_weights(claims: float, ridge: float) -> None:
+    if not 0 <= claims < math.inf:
+        hint = "give 0 to leave D as it is, or a positive number such as 30"
+        raise MergeError(f"claims={claims} must be 0 or more: {hint}")
     if not 1e-9 <= ridge < math.inf:
-        hint = "give a number such as 3, or 1e-9, which float64 still tells from rounding"
+        hint = "give a number such as 1, or 1e-9, which float64 still tells from rounding"
         raise MergeError(f"ridge={ridge} must be above 0: {hint}")
 
 
-def _wiener_filters(D: Tensor, claims: float, ridge: float) -> Tensor:
-    """(A_j + B_j)^{-1} A_j [T, m, m] of each task, for the left side of D [T, m, n]."""
-    unit = unit_tasks(D)
-    grams = D.shape[1] * unit @ unit.mT
-    needs = grams + ridge * torch.eye(D.shape[1]).to(grams)
-    weighed = needs + claims / (len(D) - 1) * (grams.sum(0) - grams)
-    return torch.cholesky_solve(needs, torch.linalg.cholesky(weighed))
+def _claimed_seats(unit: Tensor, ridge: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each of the tasks [T, m, n] of norm 1, e [m] and Q [m, m] with A = Q^T Q, B = Q^T diag(e) Q."""
+    size = unit.shape[1]
+    total = sum(x @ x.mT for x in unit)
+    for x in unit:
+        own = size * x @ x.mT
+        others = (size * total - own) / (len(unit) - 1)
+        own.diagonal().add_(ridge)
+        lower = torch.linalg.cholesky(own)
+        half = torch.linalg.solve_triangular(lower, others, upper=False)
+        values, vectors = torch.linalg.eigh(
+            torch.linalg.solve_triangular(lower, half.mT, upper=False)
+        )
+        yield values, (lower @ vectors).mT
+
+
+def _given_way(
+    d: Tensor,
+    claims: float,
+    rows: tuple[Tensor, Tensor] | None,
+    columns: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """The X [m, n] of `wiener` for one task; None is a side that is left out."""
+    factor = torch.full_like(d, claims)
+    if rows:
+        factor *= rows[0].unsqueeze(1)
+        d = rows[1] @ d
+    if columns:
+        factor *= columns[0]
+        d = d @ columns[1].mT
+    d = d / (1 + factor)
+    if rows:
+        d = torch.linalg.solve(rows[1], d)
+    if columns:
+        d = torch.linalg.solve(columns[1], d.mT).mT
+    return d
 
 
 # ---- Rules: D -> merged --------------------------------------------------------------------------

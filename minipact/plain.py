@@ -93,28 +93,32 @@ def dare(D, p=0.9, *, rescale=True, generator=None):
     return kept / (1 - p) if rescale else kept
 
 
-def wiener(D, *, output=30.0, input=0.0, ridge=3.0):
-    """Weigh what each task needs against what the others claim (minipact, unpublished).
+def wiener(D, *, claims=30.0, ridge=1.0, side="both"):
+    """Weigh what each task needs against what the others claim, on both sides (minipact, unpublished).
 
-    D'_j = L_j D_j R_j. L_j D_j is the X with the least |A_j^(1/2) (X - D_j)|^2 + |B_j^(1/2) X|^2, where
-    C_i is D_i D_i^T with mean eigenvalue 1, A_j = C_j + ridge I, and B_j = output * the mean of the other
-    C_i. R_j does the same from the right, with `input` and D_i^T D_i; both see the D that is given.
+    X_j minimises |A^(1/2) (X - D_j) a^(1/2)|^2 + claims |B^(1/2) X b^(1/2)|^2. On the output side C_i is
+    D_i D_i^T with mean eigenvalue 1, A = C_j + ridge I and B the mean of the other C_i; a and b are the same
+    of the input side, D_i^T D_i. A side that is left out has identities.
     """
-    filtered = D.double()
-    if output:
-        filtered = filters(D, output, ridge) @ filtered
-    if input:
-        filtered = filtered @ filters(D.mT, input, ridge).mT
-    return filtered.to(D)
+    if len(D) == 1:
+        return D
+    ones = torch.ones(D.shape[1:]).to(D.device, torch.float64)
+    e, Q = seats(D, ridge) if side != "input" else (ones[:, 0], torch.diag(ones[:, 0]))
+    f, R = seats(D.mT, ridge) if side != "output" else (ones[0], torch.diag(ones[0]))
+    X = Q @ D.double() @ R.mT / (1 + claims * e[..., None] * f[..., None, :])
+    X = torch.linalg.solve(Q, X)
+    return torch.linalg.solve(R, X.mT).mT.to(D)
 
 
-def filters(D, claims, ridge):
-    """(A_j + B_j)^-1 A_j [T, m, m] from the left, see `wiener`; a zero update has C = 0."""
+def seats(D, ridge):
+    """e [T, m] and Q [T, m, m] with A = Q^T Q and B = Q^T diag(e) Q, see `wiener`."""
     E = unit(D)
     C = D.shape[1] * E @ E.mT
-    A = C + ridge * torch.eye(D.shape[1]).to(C)
-    B = claims / max(1, len(D) - 1) * (C.sum(0) - C)
-    return torch.linalg.solve(A + B, A)
+    L = torch.linalg.cholesky(C + ridge * torch.eye(D.shape[1]).to(C))
+    B = (C.sum(0) - C) / (len(D) - 1)
+    half = torch.linalg.solve_triangular(L, B, upper=False).mT
+    e, U = torch.linalg.eigh(torch.linalg.solve_triangular(L, half, upper=False))
+    return e, (L @ U).mT
 
 
 # ---- Rules: D -> one update ----------------------------------------------------------------------

@@ -187,132 +187,150 @@ def test_ace_leaves_out_what_has_no_covariance(sizes: list[float]):
 
 # ---- The Wiener filter ---------------------------------------------------------------------------
 
-SIDES = [{"output": 7.0, "input": 0.0}, {"output": 0.0, "input": 7.0}]
+SIDES = ("both", "output", "input")
 
 
-def left_problem(D: Tensor, options: dict[str, float]) -> tuple[Tensor, float]:
-    """D, and the weight of the others, of the one side in use, turned so that it is the output side."""
-    return (D, options["output"]) if options["output"] else (D.mT, options["input"])
-
-
-def needs_and_claims(D: Tensor, claims: float, ridge: float) -> tuple[list[Tensor], list[Tensor]]:
-    """A_j and B_j [m, m] of the output side, from their definitions."""
-    m = D.shape[1]
+def needs_and_claims(D: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """A_j and B_j [T, m, m] of the output side, from their definitions."""
+    T, m, _ = D.shape
     C = [m * d @ d.mT / (d @ d.mT).trace() if d.any() else torch.zeros(m, m).double() for d in D]
-    others = [[c for i, c in enumerate(C) if i != j] for j in range(len(D))]
-    A = [c + ridge * torch.eye(m).double() for c in C]
-    return A, [claims / (len(D) - 1) * sum(group) for group in others]
+    others = [sum(c for i, c in enumerate(C) if i != j) / (T - 1) for j in range(T)]
+    return torch.stack(C) + ridge * torch.eye(m).double(), torch.stack(others)
+
+
+def weights_of(D: Tensor, ridge: float, side: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, B of the output side and a, b of the input side for every task; identities where left out."""
+    T, m, n = D.shape
+    A, B = needs_and_claims(D, ridge)
+    a, b = needs_and_claims(D.mT, ridge)
+    if side == "input":
+        A = B = torch.eye(m).double().expand(T, m, m)
+    if side == "output":
+        a = b = torch.eye(n).double().expand(T, n, n)
+    return A, B, a, b
 
 
 @pytest.mark.parametrize("function", [mp.wiener, plain.wiener])
 def test_wiener_by_hand(function):
-    """C_1 = diag(2, 0), C_2 = I: L_1 = diag(3, 1) / (diag(3, 1) + 2 I), L_2 = 2 I / (2 I + diag(4, 0))."""
+    """Task 1 needs A = a = diag(3, 1), task 2 claims I on both sides: 5 becomes 5 * 9 / (9 + 2).
+
+    Task 2 writes where task 1 reads, and reads where it writes, but never both at once: it stays.
+    """
     D = matrices([[5, 0], [0, 0]], [[0, 1], [-1, 0]])
+    expected = matrices([[45 / 11, 0], [0, 0]], [[0, 1], [-1, 0]])
+    assert torch.allclose(function(D, claims=2.0, ridge=1.0), expected)
+    # the output side alone: A = diag(3, 1) against 2 I, and 2 I against diag(4, 0)
     expected = matrices([[3, 0], [0, 0]], [[0, 1 / 3], [-1, 0]])
-    assert torch.allclose(function(D, output=2.0, ridge=1.0), expected)
+    assert torch.allclose(function(D, claims=2.0, ridge=1.0, side="output"), expected)
     expected = matrices([[3, 0], [0, 0]], [[0, 1], [-1 / 3, 0]])
-    assert torch.allclose(function(D, output=0.0, input=2.0, ridge=1.0), expected)
-    both = matrices([[9 / 5, 0], [0, 0]], [[0, 1 / 3], [-1 / 3, 0]])
-    assert torch.allclose(function(D, output=2.0, input=2.0, ridge=1.0), both)
+    assert torch.allclose(function(D, claims=2.0, ridge=1.0, side="input"), expected)
 
 
 def test_wiener_without_claims_is_the_identity():
     _, D = problem()
-    assert torch.equal(mp.wiener(D, output=0.0), D)
-    assert torch.equal(mp.wiener(D[:1], input=3.0), D[:1])
+    assert torch.equal(mp.wiener(D, claims=0), D)
+    assert torch.equal(mp.wiener(D[:1]), D[:1])
     alone = torch.cat([D[:1], torch.zeros_like(D[:2])])
-    assert torch.allclose(mp.wiener(alone, input=3.0), alone, atol=1e-12)
+    assert torch.allclose(mp.wiener(alone), alone, atol=1e-12)
     assert not mp.wiener(torch.zeros_like(D)).any()
-    D = D.clone()
-    changed = mp.wiener(D, output=0.0)
+    changed = mp.wiener(D, claims=0)
     changed += 1
     assert not torch.equal(changed, D), "the result is a new tensor"
 
 
-def test_wiener_leaves_tasks_on_orthogonal_sides_alone():
-    """The output side sees orthogonal column spaces, the input side orthogonal row spaces, and only them."""
+def test_wiener_leaves_alone_what_others_claim_on_one_side_only():
     u, v = orthogonal(12, 1).split(4, dim=1), orthogonal(12, 2)
-    D = torch.stack([a @ normal(4, 12, seed=i) for i, a in enumerate(u)])
-    assert torch.allclose(mp.wiener(D), D, atol=1e-10)
-    assert torch.allclose(mp.wiener(D.mT, output=0.0, input=30.0), D.mT, atol=1e-10)
-    assert not torch.allclose(mp.wiener(D, output=0.0, input=30.0), D, atol=0.1)
-    D = torch.stack(
-        [a @ normal(4, 4, seed=i) @ v[:, 4 * i : 4 * i + 4].mT for i, a in enumerate(u)]
-    )
-    assert torch.allclose(mp.wiener(D, input=9.0), D, atol=1e-10)
+    D = torch.stack([a @ normal(4, 12, seed=i) for i, a in enumerate(u)])  # own outputs
+    for side in ("both", "output"):
+        assert torch.allclose(mp.wiener(D, side=side), D, atol=1e-10)
+    assert not torch.allclose(mp.wiener(D, side="input"), D, atol=0.1)
+    D = torch.stack([normal(12, 4, seed=i) @ b.mT for i, b in enumerate(v.split(4, dim=1))])
+    for side in ("both", "input"):
+        assert torch.allclose(mp.wiener(D, side=side), D, atol=1e-10)
+    assert not torch.allclose(mp.wiener(D, side="output"), D, atol=0.1)
 
 
-@pytest.mark.parametrize("options", SIDES)
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("ridge", [3.0, 0.01])
-def test_wiener_solves_its_least_squares_problem(options: dict[str, float], ridge: float):
+def test_wiener_solves_its_least_squares_problem(side: str, ridge: float):
     D = torch.cat([normal(3, 9, 7), torch.zeros(1, 9, 7).double()])
-    D, claims = left_problem(D, options)
-    X = left_problem(mp.wiener(left_problem(D, options)[0], **options, ridge=ridge), options)[0]
-    for j, (A, B) in enumerate(zip(*needs_and_claims(D, claims, ridge), strict=True)):
-        assert (A @ (X[j] - D[j]) + B @ X[j]).abs().max() < 1e-10  # half the gradient
+    X = mp.wiener(D, claims=7.0, ridge=ridge, side=side)
+    A, B, a, b = weights_of(D, ridge, side)
+    half_gradient = A @ (X - D) @ a + 7.0 * B @ X @ b
+    assert half_gradient.abs().max() < 1e-10 * (A @ D @ a).abs().max()
+    assert not X[3].any()
 
-        def objective(x: Tensor, A: Tensor = A, B: Tensor = B, d: Tensor = D[j]) -> Tensor:
-            return ((x - d).mT @ A @ (x - d)).trace() + (x.mT @ B @ x).trace()
+    def objective(x: Tensor) -> Tensor:
+        own = ((x - D) * (A @ (x - D) @ a)).sum((1, 2))
+        return own + 7.0 * (x * (B @ x @ b)).sum((1, 2))
 
-        least = objective(X[j])
-        for seed, size in itertools.product(range(5), (1e-3, 1.0)):
-            assert objective(X[j] + size * normal(*X[j].shape, seed=seed)) > least
-
-
-def test_both_sides_see_the_given_tasks():
-    D = normal(3, 9, 7)
-    left = mp.wiener(D) @ torch.linalg.pinv(D)  # one L with L D = D'
-    right = mp.wiener(D, output=0.0, input=5.0)
-    assert torch.allclose(mp.wiener(D, input=5.0), left @ right, atol=1e-9)
+    for seed, size in itertools.product(range(5), (1e-3, 1.0)):
+        assert (objective(X + size * normal(*X.shape, seed=seed)) > objective(X)).all()
 
 
 def test_the_sum_behind_the_input_side_tends_to_wudi():
     D = normal(3, 12, 8)
-    assert torch.linalg.cond(mp.wudi(D, ridge=0)) < 1e3
-    filtered = mp.wiener(D, output=0.0, input=2.0, ridge=1e-9)
+    filtered = mp.wiener(D, claims=2.0, ridge=1e-9, side="input")
     assert torch.allclose(filtered.sum(0), mp.wudi(D, ridge=0), atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"input": 4.0}, SIDES[1]])
-def test_the_size_of_a_task_is_its_own_affair(options: dict[str, float]):
+def test_for_two_tasks_the_sum_solves_for_both_at_once():
+    """K_1 (M - D_1) + K_2 (M - D_2) = 0 with K_i (M) = C_i M c_i, which needs no mean of others."""
+    D = normal(2, 7, 7)
+    M = mp.wiener(D, claims=1.0, ridge=1e-9).sum(0)
+    A, _, a, _ = weights_of(D, 0.0, "both")
+    residual = (A @ (M - D) @ a).sum(0)
+    assert residual.abs().max() < 1e-5 * (A @ D @ a).abs().max()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_size_of_a_task_is_its_own_affair(side: str):
     _, D = problem(12, 9)
     sizes = torch.tensor([1, 1e-3, 50, 1]).double()[:, None, None]
     assert torch.allclose(
-        mp.wiener(sizes * D, **options), sizes * mp.wiener(D, **options), rtol=1e-9
+        mp.wiener(sizes * D, side=side), sizes * mp.wiener(D, side=side), rtol=1e-9
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"input": 4.0}, SIDES[1]])
-def test_wiener_turns_with_inputs_and_outputs_and_knows_no_order(options: dict[str, float]):
+@pytest.mark.parametrize("side", SIDES)
+def test_wiener_turns_with_inputs_and_outputs_and_knows_no_order(side: str):
     _, D = problem(12, 9)
     u, v = orthogonal(12, 1), orthogonal(9, 2)
-    turned = mp.wiener(u @ D @ v, **options)
-    assert torch.allclose(turned, u @ mp.wiener(D, **options) @ v, atol=1e-10)
+    turned = mp.wiener(u @ D @ v, side=side)
+    assert torch.allclose(turned, u @ mp.wiener(D, side=side) @ v, atol=1e-10)
     order = [2, 0, 3, 1]
-    assert torch.allclose(
-        mp.wiener(D[order], **options), mp.wiener(D, **options)[order], atol=1e-12
-    )
+    found = mp.wiener(D[order], side=side)
+    assert torch.allclose(found, mp.wiener(D, side=side)[order], atol=1e-12)
 
 
 def test_heavy_claims_take_the_others_directions_out():
     D = low_ranks(20, 14, rank=2, tasks=4)
-    for j, d in enumerate(mp.wiener(D, output=1e9)):
+    for j, d in enumerate(mp.wiener(D, claims=1e9, side="output")):
         others = torch.cat([D[i] for i in range(4) if i != j], dim=1)
         u, s, _ = torch.linalg.svd(others)
         taken = u[:, : int((s > 1e-9 * s[0]).sum())]
         assert taken.shape == (20, 6)
         assert (taken.mT @ d).abs().max() < 1e-6
         kept = D[j] - taken @ taken.mT @ D[j]
-        assert torch.allclose(d - taken @ taken.mT @ d, d, atol=1e-6)
         assert d.norm() > 0.3 * kept.norm()
+
+
+def test_heavy_claims_on_both_sides_leave_what_no_other_both_reads_and_writes():
+    D = low_ranks(20, 14, rank=2, tasks=4)
+    for j, d in enumerate(mp.wiener(D, claims=1e9)):
+        rest = [D[i] for i in range(4) if i != j]
+        outputs, inputs = torch.cat(rest, dim=1), torch.cat(rest, dim=0).mT
+        U, V = (torch.linalg.svd(x).U[:, :6] for x in (outputs, inputs))
+        assert (U.mT @ d @ V).abs().max() < 1e-6
+        assert d.norm() > 0.3 * D[j].norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_type_of_the_tasks_is_kept(dtype: torch.dtype):
     D = single(3, 8, 6).to(dtype)
     before = D.clone()
-    exact = mp.wiener(D.double(), input=1.0)
-    found = mp.wiener(D, input=1.0)
+    exact = mp.wiener(D.double())
+    found = mp.wiener(D)
     assert found.dtype == dtype
     assert torch.allclose(found.double(), exact, rtol=2 * torch.finfo(dtype).eps)
     for rule in (mp.wudi, mp.ace):
@@ -362,11 +380,12 @@ def test_wiener_needs_no_base():
         (lambda D: mp.wudi(D, ridge=-1), "ridge=-1 must be 0, or from 1e-9 on: give 0"),
         (lambda D: mp.wudi(D, ridge=math.nan), "ridge=nan"),
         (lambda D: mp.ace(D, epsilon=0), "epsilon=0 must be above 0: give a small number"),
-        (lambda D: mp.wiener(D, ridge=0), "ridge=0 must be above 0: give a number such as 3"),
+        (lambda D: mp.wiener(D, ridge=0), "ridge=0 must be above 0: give a number such as 1"),
         (lambda D: mp.wiener(D, ridge=math.inf), "ridge=inf"),
-        (lambda D: mp.wiener(D, output=-2), "output=-2 must be 0 or more: give 0 to leave"),
-        (lambda D: mp.wiener(D, input=math.nan), "input=nan must be 0 or more"),
-        (lambda D: mp.wiener(D[:1], output=-2), "output=-2"),
+        (lambda D: mp.wiener(D, claims=-2), "claims=-2 must be 0 or more: give 0 to leave"),
+        (lambda D: mp.wiener(D, claims=math.nan), "claims=nan must be 0 or more"),
+        (lambda D: mp.wiener(D[:1], claims=-2), "claims=-2"),
+        (lambda D: mp.wiener(D, side="left"), "side 'left' is unknown"),
     ],
 )
 def test_bad_input(call, message: str):
@@ -377,7 +396,7 @@ def test_bad_input(call, message: str):
 @pytest.mark.parametrize("shape", [(2, 0, 3), (2, 3, 0), (2, 1, 1)])
 def test_empty_and_tiny_matrices(shape: tuple[int, int, int]):
     D = torch.ones(shape).double()
-    assert mp.wiener(D, input=1.0).shape == shape
+    assert mp.wiener(D).shape == shape
     assert mp.wudi(D).shape == mp.wudi(D, ridge=0).shape == mp.ace(D).shape == shape[1:]
 
 

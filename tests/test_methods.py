@@ -438,7 +438,7 @@ OPTIONS = {
     "iso_cts": {"common": 0.5},
     "wudi": {"ridge": 0.1},
     "ace": {"epsilon": 0.1},
-    "wiener": {"output": 10.0, "input": 1.0, "scope": "*c_fc*"},
+    "wiener": {"claims": 10.0, "side": "output", "scope": "*c_fc*"},
 }
 
 

@@ -108,7 +108,7 @@ CASES = [
     *(("wudi", {"ridge": ridge}) for ridge in (1e-3, 0.1, 0)),
     *(("ace", {"epsilon": epsilon}) for epsilon in (1e-2, 1.0)),
     *(("wiener", options) for options in (
-        {}, {"output": 0.0}, {"output": 0.0, "input": 5.0}, {"input": 2.0, "ridge": 0.1},
+        {}, {"claims": 0.0}, {"side": "input", "claims": 5.0}, {"side": "output", "ridge": 0.1},
     )),
 ]  # fmt: skip
 
