@@ -33,6 +33,7 @@ FOLDER = Path(__file__).parent / "fair"
 KINDS = {"zoo0": "zoo", "zoo1": "zoo", "zoo2": "zoo", "encoder": "encoder"}
 SEARCHED = ("zoo0", "encoder")  # models on which all settings are tried, on validation data
 RULES = ("task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "wudi", "ace")
+JURY = RULES[:4]  # a filter's setting is the one with the best mean over these
 # Settings of each filter, four for every one; controls take PACT's and are of PACT's size.
 PACT: list[dict[str, Any]] = [{}, {"tol": 0.1}, {"tol": 0.3}, {"task": 1}]
 FILTERS: dict[str, list[dict[str, Any]]] = {
@@ -121,8 +122,9 @@ def behind(rule: str, name: str, options: Mapping[str, Any]) -> mp.Recipe:
 def settings_rows() -> list[mp.Recipe]:
     """All rows whose validation accuracy decides something."""
     found = [alone(rule, vectors) for rule in RULES for vectors in ("mean", "rule")]
-    for name, settings in FILTERS.items():
-        found += [behind(rule, name, options) for options in settings for rule in RULES]
+    for place in range(4):
+        for name, settings in FILTERS.items():
+            found += [behind(rule, name, settings[place]) for rule in JURY]
     return found
 
 
@@ -251,25 +253,26 @@ def wanted_rows(name: str, stage: str) -> list[mp.Recipe]:
         return settings_rows()
     others = [n for n in SEARCHED if KINDS[n] != KINDS[name]]
     rows = [row for other in others for row in read(FOLDER / f"{other}.jsonl")]
-    recipes = [alone(rule, vectors) for rule in RULES for vectors in ("mean", "rule")]
-    for filter_name, settings in FILTERS.items():
-        for rule in RULES:
-            recipes.append(chosen(rows, rule, filter_name, settings))
-    return recipes
+    found = [alone(rule, vectors) for rule in RULES for vectors in ("mean", "rule")]
+    for filter_name in FILTERS:
+        options = chosen(rows, filter_name)
+        found += [behind(rule, filter_name, options) for rule in RULES]
+    return found
 
 
-def chosen(
-    rows: Iterable[Mapping[str, Any]], rule: str, name: str, settings: Sequence[dict[str, Any]]
-) -> mp.Recipe:
-    """The setting of a filter with the best validation accuracy on the given rows."""
+def chosen(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """The setting of a filter with the best mean validation accuracy, over the jury and the given rows."""
     value: dict[str, list[float]] = {}
     for row in rows:
         value.setdefault(row_key(row), []).append(row["val"])
-    recipes = [behind(rule, name, options) for options in settings]
-    lacking = [r for r in recipes if key(r) not in value]
-    if lacking:
-        raise SystemExit(f"run --stage settings first: {key(lacking[0])} is not measured yet")
-    return max(recipes, key=lambda r: float(np.mean(value[key(r)])))
+
+    def mark(options: dict[str, Any]) -> float:
+        keys = [key(behind(rule, name, options)) for rule in JURY]
+        if lacking := [k for k in keys if k not in value]:
+            raise SystemExit(f"run --stage settings first: {lacking[0]} is not measured yet")
+        return float(np.mean([value[k] for k in keys]))
+
+    return max(FILTERS[name], key=mark)
 
 
 def main() -> None:

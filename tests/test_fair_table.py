@@ -56,7 +56,7 @@ def test_tasks_behind_a_filter_merge_as_the_recipe_says(bench: Bench, name: str,
 def test_every_filter_has_as_many_settings():
     assert {len(settings) for settings in fair_table.FILTERS.values()} == {4}
     keys = [fair_table.key(recipe) for recipe in fair_table.settings_rows()]
-    assert len(keys) == len(set(keys)) == 7 * (2 + 4 * len(fair_table.FILTERS))
+    assert len(keys) == len(set(keys)) == 7 * 2 + 4 * 4 * len(fair_table.FILTERS)
 
 
 # ---- Controls ------------------------------------------------------------------------------------
