@@ -1,7 +1,7 @@
-"""Purifiers that know less than PACT: controls of the same size, for the fair table.
+"""Purifiers that know less than PACT, or than `wiener`: controls of the same size, for the fair table.
 
-Each takes PACT's options and clears, or shrinks, as much as PACT would with them. Importing this module
-enters them into minipact's registry, so that a Recipe can name them.
+Each takes the options of what it controls, and clears or shrinks as much as that would with them. Importing
+this module enters them into minipact's registry, so that a Recipe can name them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import minipact as mp
+from minipact import plain
 
 Rank = int | float | str
 
@@ -69,6 +70,26 @@ def shrinking(
     return D * (kept / norms(D).clamp_min(1e-300)).to(D)
 
 
+def rotated_wiener(
+    D: Tensor, *, claims: float = 30.0, ridge: float = 1.0, generator: torch.Generator
+) -> Tensor:
+    """`wiener` with needs and claims of equal spectra in random directions, anew for every task and side."""
+    if len(D) == 1:
+        return D
+    turned = orthogonal(D.shape[1], len(D), generator) @ D.double()
+    turned = turned @ orthogonal(D.shape[2], len(D), generator)
+    e, Q = plain.seats(turned, ridge)
+    f, R = plain.seats(turned.mT, ridge)
+    X = Q @ D.double() @ R.mT / (1 + claims * e.unsqueeze(2) * f.unsqueeze(1))
+    return torch.linalg.solve(R, torch.linalg.solve(Q, X).mT).mT.to(D)
+
+
+def orthogonal(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """Random orthogonal matrices [count, size, size] in float64."""
+    drawn = torch.randn(count, size, size, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(drawn).Q
+
+
 def norms(D: Tensor) -> Tensor:
     """Frobenius norm of each task matrix, [T, 1, 1] in float64."""
     return D.double().norm(dim=(1, 2), keepdim=True)
@@ -82,3 +103,4 @@ def _enter(function: Callable[..., Tensor], *needs: str) -> None:
 _enter(random_shield, "base", "generator")
 _enter(updates_shield, "base")
 _enter(shrinking, "base")
+_enter(rotated_wiener, "generator")

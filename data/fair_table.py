@@ -2,10 +2,12 @@
 
     python data/fair_table.py --model zoo0 --stage settings
     python data/fair_table.py --model zoo1 --stage final
+    python data/fair_table.py --model encoder_unseen --stage unseen
 
 Stage "settings" looks at validation data only, for all settings of all filters. Stage "final" measures test
-data, once per row, with the settings that validation data of the other kind of model chose. Rows that are
-there are skipped, so an interrupted run goes on. Results are lines of JSON in data/fair, read by verdicts.py.
+data, once per row, with the settings that validation data of the other kind of model chose. Stage "unseen"
+judges our own filter, as it was frozen, on what its search never saw. Rows that are there are skipped, so an
+interrupted run goes on. Results are lines of JSON in data/fair, read by verdicts.py.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from minipact.methods import named_generator
 
 FOLDER = Path(__file__).parent / "fair"
 KINDS = {"zoo0": "zoo", "zoo1": "zoo", "zoo2": "zoo", "encoder": "encoder"}
+UNSEEN = ("zoo1", "zoo2", "zoo3", "encoder_unseen")  # no part of the search for our own filter
 SEARCHED = ("zoo0", "encoder")  # models on which all settings are tried, on validation data
 RULES = ("task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "wudi", "ace")
 JURY = RULES[:4]  # a filter's setting is the one with the best mean over these
@@ -126,6 +129,13 @@ def settings_rows() -> list[mp.Recipe]:
         for name, settings in FILTERS.items():
             found += [behind(rule, name, settings[place]) for rule in JURY]
     return found
+
+
+def unseen_rows() -> list[mp.Recipe]:
+    """Every rule alone and behind our own filter as it was frozen, and behind the filter's control."""
+    found = [alone(rule, vectors) for rule in RULES for vectors in ("mean", "rule")]
+    found += [behind(rule, "wiener", {}) for rule in RULES]
+    return found + [behind(rule, "rotated_wiener", {}) for rule in JURY]
 
 
 def key(recipe: mp.Recipe) -> str:
@@ -251,6 +261,8 @@ def wanted_rows(name: str, stage: str) -> list[mp.Recipe]:
     """Recipes of a stage for a model; the final ones need the other kind's settings."""
     if stage == "settings":
         return settings_rows()
+    if stage == "unseen":
+        return unseen_rows()
     others = [n for n in SEARCHED if KINDS[n] != KINDS[name]]
     rows = [row for other in others for row in read(FOLDER / f"{other}.jsonl")]
     found = [alone(rule, vectors) for rule in RULES for vectors in ("mean", "rule")]
@@ -277,8 +289,8 @@ def chosen(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True, choices=KINDS)
-    parser.add_argument("--stage", required=True, choices=("settings", "final"))
+    parser.add_argument("--model", required=True, choices=dict.fromkeys((*KINDS, *UNSEEN)))
+    parser.add_argument("--stage", required=True, choices=("settings", "final", "unseen"))
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--threads", type=int, default=1, help="for torch (%(default)s)")
     arguments = parser.parse_args()
@@ -286,7 +298,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     wanted = wanted_rows(arguments.model, arguments.stage)
     path = arguments.out / f"{arguments.model}.jsonl"
-    fill(open_bench(arguments.model), path, wanted, arguments.stage == "final")
+    fill(open_bench(arguments.model), path, wanted, arguments.stage != "settings")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,18 @@ gain([hits(behind)], [hits(alone)])   # points, with 95 % intervals over example
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import norm, t
 
 Hits = Mapping[str, np.ndarray]
+FOLDER = Path(__file__).parent / "fair"
 TESTS = 500  # test examples of every task, of the zoos and of the encoder
 
 
@@ -66,3 +70,56 @@ def gain(behind: Sequence[Hits], alone: Sequence[Hits]) -> Gain:
     return Gain(
         *(100 * float(x) for x in (np.mean(means), norm.ppf(0.975) * within, spread * between))
     )
+
+
+# ---- Verdicts ------------------------------------------------------------------------------------
+
+
+def load(model: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """Rows of a model that have test data."""
+    lines = (folder / f"{model}.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "hits" in row]
+
+
+def alone(rows: Iterable[Mapping[str, Any]], rule: str) -> Mapping[str, Any]:
+    """A rule without a filter, with those of the two treatments of vectors that validation data prefer."""
+    found = [row for row in rows if row["rule"] == rule and not row["purify"]]
+    return max(found, key=lambda row: row["val"])
+
+
+def behind(rows: Iterable[Mapping[str, Any]], rule: str, name: str) -> Mapping[str, Any] | None:
+    """A rule behind a filter, None where it is not measured; the last of several settings."""
+    found = [row for row in rows if row["rule"] == rule and row["purify"] == [name]]
+    return found[-1] if found else None
+
+
+def gains(models: Sequence[str], rule: str, name: str, folder: Path = FOLDER) -> Gain | None:
+    """What a filter gains in front of a rule, over trainings of one kind; None where not measured."""
+    rows = [load(model, folder) for model in models]
+    filtered = [behind(own, rule, name) for own in rows]
+    if any(row is None for row in filtered):
+        return None
+    return gain([hits(row) for row in filtered if row], [hits(alone(own, rule)) for own in rows])
+
+
+def mean_alone(models: Sequence[str], rule: str, folder: Path = FOLDER) -> float:
+    """Test accuracy in percent of a rule without a filter, mean over models."""
+    rows = [alone(load(model, folder), rule) for model in models]
+    return 100 * float(np.mean([accuracy(hits(row)) for row in rows]))
+
+
+def markdown(models: Sequence[str], folder: Path = FOLDER) -> str:
+    """Rules down, filters across: accuracy alone, then gains with the half width over examples."""
+    rows = load(models[0], folder)
+    rules = list(dict.fromkeys(row["rule"] for row in rows))
+    names = list(dict.fromkeys(row["purify"][0] for row in rows if row["purify"]))
+    lines = ["| rule | alone | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for rule in rules:
+        found = [gains(models, rule, name, folder) for name in names]
+        cells = [f"{g.points:+.1f} ± {g.examples:.1f}" if g else "" for g in found]
+        lines.append(f"| {rule} | {mean_alone(models, rule, folder):.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(sys.argv[1:]))

@@ -94,6 +94,23 @@ def test_shrinking_leaves_pacts_norms_and_all_directions():
     assert close(found / found.norm(dim=(1, 2), keepdim=True), D / D.norm(dim=(1, 2), keepdim=True))
 
 
+def test_rotated_needs_and_claims_have_the_spectra_of_the_filters():
+    """What the control divides by has the same values; only on identical directions is it the filter."""
+    _, D = problem(12, 9)
+    found = controls.rotated_wiener(D, generator=rng())
+    assert torch.equal(found, controls.rotated_wiener(D, generator=rng()))
+    assert not torch.allclose(found, mp.wiener(D), atol=1e-3)
+    scaled = controls.rotated_wiener(2 * D, generator=rng())
+    assert torch.allclose(scaled, 2 * found, atol=1e-10)
+    flat = torch.stack(
+        [orthogonal * (i + 1) for i, orthogonal in enumerate(controls.orthogonal(9, 3, rng()))]
+    )
+    assert torch.allclose(
+        controls.rotated_wiener(flat, generator=rng()), mp.wiener(flat), atol=1e-10
+    )
+    assert torch.equal(controls.rotated_wiener(D[:1], generator=rng()), D[:1])
+
+
 # ---- Scales --------------------------------------------------------------------------------------
 
 
@@ -216,3 +233,27 @@ def test_several_trainings_count_an_example_once():
     assert verdicts.gain([a, a], [b, b]) == verdicts.gain([a], [b])
     mixed = verdicts.gain([a, b], [b, a])
     assert (mixed.points, mixed.examples) == (0, 0)
+
+
+def recorded(purify: list[str], vectors: str, val: float, hits: Hits) -> dict[str, object]:
+    row = {"rule": "ties", "purify": purify, "options": {}, "vectors": vectors, "val": val}
+    return row | {"hits": fair_table.packed(hits)}
+
+
+def test_a_rule_alone_takes_the_vectors_that_validation_prefers(tmp_path: Path):
+    a, b, c = ({"x": rng_booleans(s), "y": rng_booleans(s + 1)} for s in (0, 5, 9))
+    rows = [
+        recorded([], "mean", 0.7, a),
+        recorded([], "rule", 0.8, b),
+        recorded(["pact"], "mean", 0.75, c),
+    ]
+    fair_table.write(tmp_path / "zoo0.jsonl", rows)
+    assert verdicts.mean_alone(["zoo0"], "ties", tmp_path) == 100 * verdicts.accuracy(b)
+    assert verdicts.gains(["zoo0"], "ties", "pact", tmp_path) == verdicts.gain([c], [b])
+    assert verdicts.gains(["zoo0"], "ties", "sift", tmp_path) is None
+    line = verdicts.markdown(["zoo0"], tmp_path).splitlines()[2]
+    found = verdicts.gain([c], [b])
+    assert (
+        line
+        == f"| ties | {100 * verdicts.accuracy(b):.1f} | {found.points:+.1f} ± {found.examples:.1f} |"
+    )

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import packed
 import tasks as zoo_tasks
 import train_zoo
 import zoo_io
 from helpers import ROOT
 from minipact.__main__ import main
-from sums import DataError
+from sums import DataError, write_sums
 
 FOLDER = ROOT / "data" / "zoo"
 INFO = json.loads((FOLDER / "zoo.json").read_text())
@@ -68,6 +69,20 @@ def test_damaged_or_missing_files_are_named(copy: Path, name: str):
     (copy / name).unlink()
     with pytest.raises(DataError, match=rf"{name} is missing"):
         zoo_io.load_zoo(copy)
+
+
+def test_packed_towers_are_read_in_place_of_whole_ones(copy: Path):
+    zoo = zoo_io.load_zoo(copy)
+    (copy / "signs.safetensors").unlink()
+    (copy / "signs.safetensors.gz").write_bytes(packed.pack(zoo.base, zoo.tasks["signs"], 0.5))
+    write_sums(copy)
+    found = zoo_io.load_zoo(copy)
+    for name, x in zoo.tasks["signs"].items():
+        change, error = x - zoo.base[name], found.tasks["signs"][name] - x
+        assert error.norm() <= 0.16 * change.norm()
+    assert found.tasks["digits"].keys() == zoo.tasks["digits"].keys()
+    judge = zoo_io.Judge(zoo.info["model"], {"signs": zoo.heads["signs"]})
+    assert judge.accuracies(found.tasks["signs"])["signs"] > 0.99
 
 
 def test_zoo_is_small_and_whole():
