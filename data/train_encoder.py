@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "encoder")
     parser.add_argument("--work", type=Path, help="folder of the full updates (OUT/.work)")
-    parser.add_argument("--step", type=float, default=1.0, help="of packed.pack (%(default)s)")
+    parser.add_argument("--step", type=float, default=0.7, help="of packed.pack (%(default)s)")
     arguments = parser.parse_args()
     work = arguments.work or arguments.out / ".work"
     work.mkdir(parents=True, exist_ok=True)
