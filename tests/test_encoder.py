@@ -8,11 +8,15 @@ import pytest
 import torch
 
 import encoder_io
+import fair_table
 import packed
 import texts
+import verdicts
+from benches import open_bench
 from helpers import ROOT, normal
 from sums import DataError
 
+pytestmark = pytest.mark.slow
 FOLDER = ROOT / "data" / "encoder"
 INFO = json.loads((FOLDER / "encoder.json").read_text())
 
@@ -170,3 +174,15 @@ def test_another_model_in_the_package_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(encoder_io, "MODEL_SHA256", "0" * 64)
     with pytest.raises(DataError, match="not all-MiniLM-L6-v2 as known here"):
         encoder_io.Encoder()
+
+
+def test_a_row_of_the_fair_table_comes_out_again():
+    """The sum of the four unseen tasks, on test data; another processor may turn a few answers."""
+    bench = open_bench("encoder_unseen")
+    wanted = fair_table.key(fair_table.alone("task_arithmetic", "mean"))
+    rows = fair_table.read(fair_table.FOLDER / "encoder_unseen.jsonl")
+    row = next(row for row in rows if fair_table.row_key(row) == wanted)
+    assert row["digest"] == bench.digest[:16]
+    again = verdicts.hits(fair_table.tested(bench, bench.tasks, row))
+    for task, hits in verdicts.hits(row).items():
+        assert (hits != again[task]).mean() < 0.01
