@@ -14,8 +14,10 @@ from torch import Tensor
 import minipact as mp
 from helpers import close, decaying, normal, problem, rng, single
 from minipact import plain
+from minipact.methods import is_built_in
 
-NAMES = [name for name, method in mp.METHODS.items() if method.kind != "training"]
+OURS = {name: method for name, method in mp.METHODS.items() if is_built_in(method)}
+NAMES = [name for name, method in OURS.items() if method.kind != "training"]
 RULES = [name for name in NAMES if mp.METHODS[name].kind == "rule"]
 PURIFIERS = [name for name in NAMES if mp.METHODS[name].kind == "purifier"]
 COMPUTATIONAL = {"svd", "generator", "thresholds"}  # how it is computed, not what
