@@ -8,6 +8,7 @@ training. data/encoder/examples.csv lists keys and hashes of test and validation
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
 import xml.etree.ElementTree as ElementTree
@@ -118,8 +119,6 @@ PARTS_OF_SPEECH = {
 
 def definitions() -> Iterator[Example]:
     """Definitions of the Collaborative International Dictionary, labelled with the word's part of speech."""
-    import json
-
     for path in sorted(files("dictionary").joinpath("data/en").iterdir(), key=lambda p: p.name):
         for word, entry in json.loads(path.read_text()).items():
             for sense, part in enumerate(entry["pos"]):

@@ -59,6 +59,19 @@ def test_every_filter_has_as_many_settings():
     assert len(keys) == len(set(keys)) == 7 * 2 + 4 * 4 * len(fair_table.FILTERS)
 
 
+def test_our_own_filter_is_the_frozen_one():
+    """Rows of the stage "unseen" name no options: they are of these defaults, which LOG.md fixes."""
+    frozen = {"claims": 30.0, "ridge": 1.0, "side": "both", "scope": None}
+    assert mp.METHODS["wiener"].options == frozen
+    log = (fair_table.FOLDER / "LOG.md").read_text()
+    assert 'wiener(D, claims=30.0, ridge=1.0, side="both")' in log
+    recorded = fair_table.read(fair_table.FOLDER / "encoder_unseen.jsonl")
+    wanted = [
+        fair_table.key(recipe) for recipe in fair_table.wanted_rows("encoder_unseen", "unseen")
+    ]
+    assert [fair_table.row_key(row) for row in recorded if "hits" in row] == wanted
+
+
 # ---- Controls ------------------------------------------------------------------------------------
 
 
