@@ -95,12 +95,13 @@ def norms(D: Tensor) -> Tensor:
     return D.double().norm(dim=(1, 2), keepdim=True)
 
 
-def _enter(function: Callable[..., Tensor], *needs: str) -> None:
+def enter(function: Callable[..., Tensor], *needs: str) -> None:
+    """Make a purifier known to minipact under its own name."""
     name = function.__name__
     mp.register(mp.Method(name, "purifier", function, "control of the fair table", needs=needs))
 
 
-_enter(random_shield, "base", "generator")
-_enter(updates_shield, "base")
-_enter(shrinking, "base")
-_enter(rotated_wiener, "generator")
+enter(random_shield, "base", "generator")
+enter(updates_shield, "base")
+enter(shrinking, "base")
+enter(rotated_wiener, "generator")

@@ -54,10 +54,11 @@ def load_zoo(folder: Path) -> Zoo:
 
 
 def _tower(folder: Path, name: str, base: State | None = None) -> State:
-    whole = folder / f"{name}.safetensors"
-    if base is not None and not whole.exists():
-        return packed.read(base, folder / f"{name}.safetensors.gz")
-    return {k: v.float() for k, v in load_file(whole).items()}
+    whole, small = folder / f"{name}.safetensors", folder / f"{name}.safetensors.gz"
+    if whole.exists():
+        return {k: v.float() for k, v in load_file(whole).items()}
+    found = small.read_bytes()
+    return packed.unpack(base, found) if base else packed.unpack_alone(found)
 
 
 def image_tower(config: dict[str, Any], weights: State | None = None) -> nn.Module:

@@ -85,6 +85,18 @@ def test_packed_towers_are_read_in_place_of_whole_ones(copy: Path):
     assert judge.accuracies(found.tasks["signs"])["signs"] > 0.99
 
 
+def test_a_base_without_a_base_is_packed_to_half_a_percent(copy: Path):
+    zoo = zoo_io.load_zoo(copy)
+    (copy / "base.safetensors").unlink()
+    (copy / "base.safetensors.gz").write_bytes(packed.pack_alone(zoo.base, 0.05))
+    write_sums(copy)
+    found = zoo_io.load_zoo(copy).base
+    assert found.keys() == zoo.base.keys()
+    for name, x in zoo.base.items():
+        assert (found[name] - x).norm() <= 0.03 * x.norm(), name
+    assert (copy / "base.safetensors.gz").stat().st_size < 1.1e6
+
+
 def test_zoo_is_small_and_whole():
     assert sum(p.stat().st_size for p in FOLDER.iterdir()) < 30e6
     zoo = zoo_io.load_zoo(FOLDER)
