@@ -6,7 +6,7 @@ NOTEBOOKS := $(wildcard book/*.ipynb)
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -q -n 2 --dist loadfile
 
-.PHONY: help venv book test unit quick lint notebooks repro zoo encoder table bench screenshots clean
+.PHONY: help venv book test unit quick lint notebooks repro demo zoo encoder table bench screenshots clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -44,6 +44,9 @@ repro: venv  ## the notebooks' results again: 1 and 2 threads, and plain CPU ker
 	OMP_NUM_THREADS=1 $(NBVAL) $(NOTEBOOKS)
 	OMP_NUM_THREADS=2 $(NBVAL) $(NOTEBOOKS)
 	ATEN_CPU_CAPABILITY=default $(NBVAL) $(NOTEBOOKS)
+
+demo: venv  ## merge the zoo's eight models, and print accuracies beside the base and the single models
+	$(BIN)/python tools/demo.py
 
 zoo: venv  ## retrain the mini zoo of seed 0 from nothing (about 25 minutes on 2 cores)
 	$(BIN)/python data/train_zoo.py --seed 0 --out data/zoo --table data/seeds.csv

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("full", type=Path, help="folder made by train_zoo.py")
     parser.add_argument("out", type=Path)
     parser.add_argument("--step", type=float, default=1.0, help="of updates (%(default)s)")
-    parser.add_argument("--base-step", type=float, default=0.05, help="of the base (%(default)s)")
+    parser.add_argument("--base-step", type=float, default=0.03, help="of the base (%(default)s)")
     arguments = parser.parse_args()
     pack_zoo(arguments.full, arguments.out, arguments.step, arguments.base_step)
 

@@ -108,17 +108,57 @@ def mean_alone(models: Sequence[str], rule: str, folder: Path = FOLDER) -> float
     return 100 * float(np.mean([accuracy(hits(row)) for row in rows]))
 
 
+def contrast(
+    models: Sequence[str], rule: str, name: str, other: str, folder: Path = FOLDER
+) -> Gain | None:
+    """What a filter gains over another one in front of a rule, paired; None where one is not measured."""
+    pairs = [[behind(load(m, folder), rule, x) for m in models] for x in (name, other)]
+    if any(row is None for rows in pairs for row in rows):
+        return None
+    ours, theirs = ([hits(row) for row in rows if row] for rows in pairs)
+    return gain(ours, theirs)
+
+
+LABELS = {
+    "task_arithmetic": "task arithmetic",
+    "ties": "TIES",
+    "tsv_m": "TSV-M",
+    "iso_c": "Iso-C",
+    "iso_cts": "Iso-CTS",
+    "wudi": "WUDI",
+    "ace": "ACE-Merging",
+    "pact": "PACT",
+    "sift": "SIFT",
+    "random_shield": "random shield",
+    "updates_shield": "others' updates",
+    "shrinking": "shrinking",
+    "wiener": "Wiener filter",
+}
+
+
 def markdown(models: Sequence[str], folder: Path = FOLDER) -> str:
-    """Rules down, filters across: accuracy alone, then gains with the half width over examples."""
+    """Rules down, filters across: accuracy alone, then gains with the half width over examples.
+
+    Bold where neither the interval over examples nor the one over tasks holds zero.
+    """
     rows = load(models[0], folder)
-    rules = list(dict.fromkeys(row["rule"] for row in rows))
-    names = list(dict.fromkeys(row["purify"][0] for row in rows if row["purify"]))
-    lines = ["| rule | alone | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    rules = [rule for rule in LABELS if any(row["rule"] == rule for row in rows)]
+    names = [name for name in LABELS if any(row["purify"] == [name] for row in rows)]
+    lines = ["| rule | alone | " + " | ".join(LABELS[n] for n in names) + " |"]
+    lines.append("|---" * (len(names) + 2) + "|")
     for rule in rules:
-        found = [gains(models, rule, name, folder) for name in names]
-        cells = [f"{g.points:+.1f} ± {g.examples:.1f}" if g else "" for g in found]
-        lines.append(f"| {rule} | {mean_alone(models, rule, folder):.1f} | {' | '.join(cells)} |")
+        cells = [_cell(gains(models, rule, name, folder)) for name in names]
+        alone = f"{mean_alone(models, rule, folder):.1f}"
+        lines.append(f"| {LABELS[rule]} | {alone} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(found: Gain | None) -> str:
+    if found is None:
+        return ""
+    text = f"{found.points:+.1f} ± {found.examples:.1f}"
+    sure = abs(found.points) > max(found.examples, found.tasks)
+    return f"**{text}**" if sure else text
 
 
 if __name__ == "__main__":

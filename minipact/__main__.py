@@ -31,6 +31,9 @@ USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 NO_MEMORY = "out of memory|can't allocate memory|Cannot allocate memory|unable to mmap"
 ENDINGS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 DTYPES = ("keep", "float32", "bfloat16", "float16", "float64")
+# What METHODS holds by the end; it takes torch to load, for which help does not wait.
+PURIFIERS = ("dare", "pact", "sift", "wiener")
+RULES = ("ace", "iso_c", "iso_cts", "task_arithmetic", "ties", "tsv_m", "wudi")
 
 
 class UsageError(ValueError):
@@ -39,7 +42,11 @@ class UsageError(ValueError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 fine, 2 user error, 1 failure, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(_with_negatives(sys.argv[1:] if argv is None else argv))
+    if arguments.run is None:
+        parser.print_help()
+        return 0
     handlers = {number: signal.signal(number, _interrupt) for number in ENDINGS}
     try:
         code = int(arguments.run(arguments))
@@ -64,6 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _with_negatives(words: Iterable[str]) -> list[str]:
+    """The words with `--weights -1,0.5` as one, as argparse takes what begins with - for an option."""
+    found: list[str] = []
+    for word in words:
+        is_number = re.match(r"-(\.?\d|inf|nan)", word, re.IGNORECASE)
+        if is_number and found and re.fullmatch(r"--[a-z-]+", found[-1]):
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
@@ -101,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Merge fine-tuned models: task arithmetic, TIES, TSV, Iso, PACT.",
     )
     parser.add_argument("--version", action="version", version=f"minipact {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(metavar="COMMAND")
     _add_merge(commands)
     _add_xray(commands)
     methods = commands.add_parser("methods", help="list rules and purifiers with their options")
@@ -110,14 +130,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+ENTRY = "which state dict of training checkpoints that hold several, such as ema"
+
+
 def _add_merge(commands: Any) -> None:
     merge: argparse.ArgumentParser = commands.add_parser(
         "merge",
         help="merge checkpoints",
         description="Merge fine-tuned checkpoints into their common base. A checkpoint is a "
-        ".safetensors file, a Hugging Face or open_clip folder, or a .pt/.bin state dict; a TASK "
-        "may also be the folder of a PEFT LoRA adapter. Under torchrun --nproc-per-node N -m minipact, "
-        "N processes share the work.",
+        ".safetensors file, a folder of transformers, diffusers, sentence-transformers or open_clip, or a "
+        ".pt/.bin state dict; a TASK may also be the folder of a PEFT LoRA adapter. Under "
+        "torchrun --nproc-per-node N -m minipact, N processes share the work.",
         epilog="example: minipact merge base.safetensors cars.safetensors dtd.safetensors "
         "-o merged.safetensors --rule tsv_m --purify pact",
     )
@@ -127,8 +150,10 @@ def _add_merge(commands: Any) -> None:
     add("tasks", metavar="TASK", nargs="+", help="fine-tuned checkpoint, or NAME=PATH")
     add("-o", "--output", metavar="OUT", type=Path, required=True,
         help="OUT.safetensors for one file, else a folder in Hugging Face layout")  # fmt: skip
-    add("--rule", help="merging rule, or package.module:function (task_arithmetic)")
-    add("--purify", action="append", metavar="NAME[,NAME]", help="purifiers to run first, in order")
+    add("--rule", metavar="NAME",
+        help=f"merging rule: {', '.join(RULES)}, or package.module:function (task_arithmetic)")  # fmt: skip
+    add("--purify", action="append", metavar="NAME[,NAME]",
+        help=f"to run first, in order: {', '.join(PURIFIERS)}, or package.module:function")  # fmt: skip
     add("--set", action="append", metavar="METHOD.OPTION=VALUE",
         help="option of a method, such as pact.core=38")  # fmt: skip
     add("--scale", type=float, help="factor of the merged task vector (the rule's own)")
@@ -140,11 +165,19 @@ def _add_merge(commands: Any) -> None:
     add("--exclude", action="append", metavar="GLOB", help="copy these from the base")
     add("--policy", action="append", metavar="GLOB=KIND",
         help="treat tensors as matrix, matrix_T (stored for x @ W), vector or copy")  # fmt: skip
+    add("--missing", choices=("error", "base", "present"),
+        help="tensors that a model lacks: refused; as in the base; or merged from the models that hold them "
+        "(error)")  # fmt: skip
+    add("--rename", action="append", metavar="OLD=NEW",
+        help="beginning of names in the tasks; one that all names share is found alone")  # fmt: skip
+    add("--entry", metavar="KEY", help=ENTRY)
+    add("--vocabulary", choices=("same", "union"),
+        help="union: tokenizers that append tokens of their own to a common part (same)")  # fmt: skip
     add("--dtype", choices=DTYPES, help="of the output (keep)")
     add("--seed", type=int, help="of random masks and sketches (0)")
     add("--recipe", metavar="FILE", type=Path,
         help="repeat a merge: its model card, its .safetensors file, or JSON; inputs are matched by "
-        "their SHA-256")  # fmt: skip
+        "their SHA-256. Or mergekit's .yml, for the methods that both have")  # fmt: skip
     add("--scales", metavar="A:B:N", help="try N scales from A to B, or A,B,...; needs --score")
     add("--score", metavar="COMMAND",
         help="rates a candidate, its path in place of {}, by the number it prints last; higher is "
@@ -158,6 +191,7 @@ def _add_merge(commands: Any) -> None:
         help="tensors in work at once on CPUs, one thread each; results do not depend on "
         "it (all cores, as far as a quarter of the memory goes)")  # fmt: skip
     add("--dry-run", action="store_true", help="show the plan, write nothing")
+    add("--verbose", action="store_true", help="with --dry-run, every tensor")
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--resume", action="store_true", help="go on with an interrupted run")
     add("--json", action="store_true", help="summary as JSON on standard output")
@@ -183,6 +217,7 @@ def _add_xray(commands: Any) -> None:
         help="randomized is faster on large matrices (%(default)s)")  # fmt: skip
     add("--include", action="append", metavar="GLOB", help="only these tensors")
     add("--exclude", action="append", metavar="GLOB", help="leave these out")
+    add("--entry", metavar="KEY", help=ENTRY)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (%(default)s)")
     add("--seed", type=int, default=0, help="of sketches (%(default)s)")
     add("--threads", type=int, help="CPU threads")
@@ -253,6 +288,9 @@ RECIPE = (
     "include",
     "exclude",
     "policy",
+    "missing",
+    "rename",
+    "vocabulary",
     "dtype",
     "seed",
 )
@@ -271,9 +309,9 @@ def _merge(arguments: argparse.Namespace) -> int:
     _reuse_memory()
     parse_size(arguments.max_shard_size)
     device, scales = _device(arguments.device), _scales(arguments)
-    tasks, recipe, notes = _tasks_and_recipe(arguments, device)
+    tasks, recipe, notes, entry = _tasks_and_recipe(arguments, device)
     if arguments.dry_run:
-        job = open_job(arguments.base, tasks, recipe, device)
+        job = open_job(arguments.base, tasks, recipe, device, entry)
         if distributed.rank() == 0:
             _show_plan(arguments, job, notes)
         return 0
@@ -290,6 +328,7 @@ def _merge(arguments: argparse.Namespace) -> int:
             resume=arguments.resume,
             scales=scales,
             score=command_score(arguments.score) if scales else None,
+            entry=entry,
             base_model=arguments.base_model,
             license=arguments.license,
             progress=progress,
@@ -334,12 +373,12 @@ def _progress(arguments: argparse.Namespace) -> Iterator[Progress]:
 
 def _tasks_and_recipe(
     arguments: argparse.Namespace, device: str
-) -> tuple[dict[str, Path], Recipe, list[str]]:
-    """Tasks by name, the recipe, and what there is to say about it."""
+) -> tuple[dict[str, Path], Recipe, list[str], str | None]:
+    """Tasks by name, the recipe, what there is to say about it, and the entry of training checkpoints."""
     if arguments.recipe is not None:
         return _recorded(arguments, device)
     tasks = _named(arguments.tasks)
-    return tasks, _recipe(arguments, list(tasks)), []
+    return tasks, _recipe(arguments, list(tasks)), [], arguments.entry
 
 
 def _recipe(arguments: argparse.Namespace, names: list[str]) -> Recipe:
@@ -355,6 +394,9 @@ def _recipe(arguments: argparse.Namespace, names: list[str]) -> Recipe:
         "include": arguments.include,
         "exclude": arguments.exclude,
         "policy": _policy(arguments.policy or []),
+        "missing": arguments.missing,
+        "rename": _rename(arguments.rename or []),
+        "vocabulary": arguments.vocabulary,
         "dtype": None if arguments.dtype == "keep" else arguments.dtype,
         "seed": arguments.seed,
     }
@@ -409,6 +451,18 @@ def _policy(texts: Iterable[str]) -> dict[str, str]:
     return policy
 
 
+def _rename(texts: list[str]) -> list[tuple[str, str]]:
+    """[("model.", "")] from model.=; the first beginning that fits counts."""
+    pairs = [text.partition("=") for text in texts]
+    if wrong := [
+        text for text, (old, equals, _) in zip(texts, pairs, strict=True) if not (old and equals)
+    ]:
+        raise UsageError(
+            f"--rename {wrong[0]}: write OLD=NEW, such as model.language_model.=model."
+        )
+    return [(old, new) for old, _, new in pairs]
+
+
 def _scales(arguments: argparse.Namespace) -> list[float]:
     """The scales to try: A:B:N, evenly from A to B, or numbers with commas between."""
     text = arguments.scales
@@ -432,7 +486,7 @@ def _scales(arguments: argparse.Namespace) -> list[float]:
 
 def _recorded(
     arguments: argparse.Namespace, device: str
-) -> tuple[dict[str, Path], Recipe, list[str]]:
+) -> tuple[dict[str, Path], Recipe, list[str], str | None]:
     """What a record says, with the files given matched to it; other options would contradict it."""
     from minipact.job import recorded
 
@@ -449,28 +503,42 @@ def _recorded(
     held = {found.recipe.rule, *found.recipe.purify}
     if idle := {arguments.rule, *_purifiers(arguments)} - held - {None}:
         raise UsageError(f"--recipe says it all: leave out {' '.join(map(str, idle))}")
-    return found.tasks, found.recipe, found.notes
+    if None not in (found.entry, arguments.entry) and found.entry != arguments.entry:
+        raise UsageError(f"--recipe says --entry {found.entry}: leave yours out")
+    return found.tasks, found.recipe, found.notes, found.entry or arguments.entry
 
 
-def _peak_memory_mb() -> int:
-    import resource
-
+def _peak_memory_mb() -> int | None:
+    """Most memory taken so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak / (1e6 if sys.platform == "darwin" else 1e3))
 
 
 def _show_plan(arguments: argparse.Namespace, job: Job, notes: list[str]) -> None:
     """What a merge would do."""
+    from minipact.job import memory_needed
+
     summary = job.summary()
+    summary["notes"] += notes
+    summary["memory_bytes"] = memory_needed(job, arguments.threads)
     if arguments.json:
-        print(json.dumps(summary | {"notes": summary["notes"] + notes, "dry_run": True}, indent=2))
+        print(json.dumps(summary | {"dry_run": True}, indent=2))
         return
     if arguments.quiet:
         return
-    for step in job.merged.steps.values():
-        print(f"{step.name}  {list(step.shape)}  {step.kind}: {step.treatment}")
+    if arguments.verbose:
+        for step in job.merged.steps.values():
+            print(f"{step.name}  {list(step.shape)}  {step.kind}: {step.treatment}")
     _show_treatments(summary)
-    print(f"dry run, nothing was written; the base has {summary['base_bytes'] / 1e6:.1f} MB")
+    output, base, memory = (summary[f"{x}_bytes"] / 1e6 for x in ("output", "base", "memory"))
+    print(
+        f"dry run, nothing was written; the output would take {output:.1f} MB (the base has {base:.1f}), "
+        f"and the tensors in work up to about {memory:.1f} MB of memory beside torch's own"
+    )
 
 
 def _show_treatments(summary: Mapping[str, Any]) -> None:
@@ -496,10 +564,10 @@ def _show(arguments: argparse.Namespace, summary: Mapping[str, Any]) -> None:
         print(f"{summary['resumed_tensors']} tensors were there from the interrupted run")
     if summary["rounding"] is not None:
         print(f"rounding of the result: {summary['rounding']:.1%} of the norm of scale * delta")
-    print(
-        f"wrote {arguments.output} ({summary['bytes'] / 1e6:.1f} MB) in {summary['seconds']:.1f} s, "
-        f"peak memory {summary['peak_memory_mb']} MB with mapped input files"
-    )
+    peak = summary["peak_memory_mb"]
+    memory = "" if peak is None else f", peak memory {peak} MB with mapped input files"
+    size, seconds = summary["bytes"] / 1e6, summary["seconds"]
+    print(f"wrote {arguments.output} ({size:.1f} MB) in {seconds:.1f} s{memory}")
 
 
 # ---- minipact xray -------------------------------------------------------------------------------
@@ -523,22 +591,24 @@ def _xray(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device, paths = _device(arguments.device), _named(arguments.tasks)
-    base = open_checkpoint(arguments.base)
-    tasks = {name: open_checkpoint(path) for name, path in paths.items()}
+    base = open_checkpoint(arguments.base, arguments.entry)
+    tasks = {name: open_checkpoint(path, arguments.entry) for name, path in paths.items()}
     with _progress(arguments) as progress:
         report = xray(
             base, tasks, core=_value(arguments.core), task=_value(arguments.task), tol=arguments.tol,
             svd=arguments.svd, include=arguments.include, exclude=arguments.exclude, device=device,
             seed=arguments.seed, progress=progress,
         )  # fmt: skip
-    report["base"] = str(arguments.base)
+    report |= {"base": str(arguments.base), "given": arguments.tasks, "entry": arguments.entry}
     if arguments.output is not None:
         write_page(arguments.output, render(report))
     if arguments.json:
         print(json.dumps(report, indent=2, allow_nan=False))
     elif not arguments.quiet:
         print(summary_line(report))
-        for text in report["advice"]["warnings"]:
+        models = {"the base": base, **tasks}
+        notes = [f"{name}: {note}" for name, x in models.items() for note in x.notes]
+        for text in [*notes, *report["warnings"]]:
             print(f"note: {text}")
         print(f"wrote {arguments.output} in {time.perf_counter() - started:.1f} s")
     return 0

@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
-from minipact.checkpoints import open_checkpoint
+from minipact.checkpoints import read_metadata
 from minipact.errors import CheckpointError, listing
+from minipact.layouts import OPEN_CLIP, find_layout, read_json
 
 CARD = "README.md"
 Record = dict[str, Any]
@@ -126,27 +127,43 @@ def _codes(digests: Iterable[str]) -> str:
 
 def _loading(folder: Path) -> tuple[str | None, str]:
     """The library that a model folder is for, and lines that load it there."""
-    if (folder / "open_clip_config.json").is_file():
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        config = {}
+    if (folder / OPEN_CLIP).is_file():
         call = 'open_clip.create_model_and_transforms("local-dir:.")'
         return "open_clip", f"import open_clip\n\nmodel, _, preprocess = {call}\n"
-    config = _json(folder / "config.json")
+    if (folder / "modules.json").is_file():
+        call = 'sentence_transformers.SentenceTransformer(".")'
+        return "sentence-transformers", f"import sentence_transformers\n\nmodel = {call}\n"
+    variant = find_layout(folder).parts[0].stem.variant
+    given = f', variant="{variant}"' if variant else ""
+    if "_class_name" in config:
+        name = _class(config["_class_name"], "ModelMixin")
+        call = f'diffusers.{name}.from_pretrained("."{given})'
+        return "diffusers", f"import diffusers\n\nmodel = {call}\n"
     if "model_type" in config:
-        names = config.get("architectures")
-        name = names[0] if isinstance(names, list) and names else "AutoModel"
-        return (
-            "transformers",
-            f'import transformers\n\nmodel = transformers.{name}.from_pretrained(".")\n',
-        )
+        name, more = _transformers_class(config)
+        call = f'transformers.{name}.from_pretrained("."{given}{more})'
+        return "transformers", f"import transformers\n\nmodel = {call}\n"
     call = 'state = dict(minipact.open_checkpoint("."))  # name -> tensor'
     return None, f"import minipact\n\n{call}\n"
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def _transformers_class(config: Mapping[str, Any]) -> tuple[str, str]:
+    """The class that loads a model, and what it needs to be told: that code beside the model is to run."""
+    names = config.get("architectures")
+    name = _class(names[0] if isinstance(names, list) and names else None, "AutoModel")
+    own = config.get("auto_map")
+    if not isinstance(own, dict):
+        return name, ""
+    loading = [auto for auto, place in own.items() if str(place).endswith(f".{name}")]
+    return _class(loading[0] if loading else None, "AutoModel"), ", trust_remote_code=True"
+
+
+def _class(name: object, default: str) -> str:
+    """A name from a configuration, which anyone may have written, if it can be one of a class."""
+    return name if isinstance(name, str) and name.isidentifier() else default
 
 
 def read_record(path: Path) -> Record:
@@ -161,9 +178,9 @@ def read_record(path: Path) -> Record:
         path = path / CARD
     try:
         if path.suffix == ".safetensors":
-            found = json.loads(open_checkpoint(path).metadata["merge"])
+            found = json.loads(read_metadata(path)["merge"])
         else:
-            text = path.read_text()
+            text = path.read_text("utf-8")
             blocks = re.findall(r"^```json\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
             found = json.loads(blocks[-1] if blocks else text)
     except (OSError, KeyError, ValueError, RecursionError) as error:

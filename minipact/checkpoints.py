@@ -1,7 +1,7 @@
 """Real checkpoint files, read lazily.
 
-A `.safetensors` file, a Hugging Face or open_clip folder (one file, or shards with an index), and `.pt`,
-`.pth`, `.bin`, `.ckpt` state dicts. Knows nothing of merging.
+A `.safetensors` file, a folder of transformers, diffusers, sentence-transformers or open_clip (one file, or
+shards with an index), and `.pt`, `.pth`, `.bin`, `.ckpt` state dicts. Knows nothing of merging.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -24,11 +23,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minipact.errors import CheckpointError
+from minipact.layouts import INDEX as INDEX
+from minipact.layouts import JOURNAL as JOURNAL
+from minipact.layouts import PICKLES as PICKLES
+from minipact.layouts import Layout, Part, find_layout, read_index
+from minipact.pickles import read_pickle, without_wrappers
 
-INDEX = "model.safetensors.index.json"
-SINGLE_FILES = ("model.safetensors", "open_clip_model.safetensors")
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-JOURNAL = "journal.jsonl"
 # ---- Reading -------------------------------------------------------------------------------------
 
 
@@ -37,8 +37,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
     Attributes:
         path: what was opened. files: the files that hold the tensors. layout: a word on the format.
-        metadata: strings stored in the file. aliases: second names of tensors, alias -> name, where a
-            model shares one tensor between two layers.
+        source: where in a model's folder they stand. metadata: strings stored in the file.
+        aliases: second names of tensors, alias -> name, where a model shares one tensor between two layers.
+        notes: what was done to read it that the user should know.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class Checkpoint(Mapping[str, Tensor]):
         metadata: dict[str, str],
         aliases: Mapping[str, str] | None = None,
         places: Mapping[str, tuple[Path, int, int]] | None = None,
+        notes: list[str] | None = None,
     ) -> None:
         self.path, self.files, self.layout, self.metadata = path, files, layout, metadata
         self.aliases: dict[str, str] = dict(aliases or {})
+        self.notes, self.source = notes or [], Layout((Part(tuple(files)),))
         self._readers, self._metas, self._places = readers, metas, places or {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -76,10 +79,10 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def without(self, names: Collection[str]) -> Checkpoint:
         """The same checkpoint without some of its tensors."""
-        readers = {name: read for name, read in self._readers.items() if name not in names}
-        aliases = {alias: name for alias, name in self.aliases.items() if alias not in names}
-        return Checkpoint(self.path, self.files, self.layout, readers, self._metas, self.metadata,
-                          aliases, self._places)  # fmt: skip
+        other = copy(self)
+        other._readers = {name: read for name, read in self._readers.items() if name not in names}
+        other.aliases = {alias: name for alias, name in self.aliases.items() if alias not in names}
+        return other
 
 
 _READ_AHEAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
@@ -92,77 +95,80 @@ def _read_ahead(file: Path, start: int, length: int) -> None:
             os.posix_fadvise(opened.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, entry: str | None = None) -> Checkpoint:
     """Open a checkpoint file or folder for lazy reading.
+
+    Args:
+        path: as in the head of this module.
+        entry: key of the state dict in a training checkpoint that holds several, such as "ema".
 
     Raises:
         CheckpointError: nothing there, damaged, incomplete, ambiguous, or of an unsafe format.
     """
     path = Path(path)
-    if path.is_dir():
-        return _open_folder(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist: give a file or folder on this machine")
-    if path.suffix == ".safetensors":
-        return _open_files(path, [path], "safetensors file")
-    if path.suffix in PICKLES:
-        return _open_pickle(path)
-    raise CheckpointError(
-        f"{path} has an unknown ending: use .safetensors, a folder, or one of {' '.join(PICKLES)}"
-    )
+    source = find_layout(path)
+    parts = [_open_part(path, part, entry) for part in source.parts]
+    found = parts[0]
+    if len(parts) > 1 or source.parts[0].prefix:
+        found = _joined(path, source, parts)
+    found.source = source
+    return found
 
 
-def _open_folder(folder: Path) -> Checkpoint:
-    if folder.suffix == ".partial" and (folder / JOURNAL).exists():
-        raise CheckpointError(f"{folder} is an unfinished output: repeat its command with --resume")
-    if (folder / INDEX).exists():
-        return _open_sharded(folder)
-    single = [folder / name for name in SINGLE_FILES if (folder / name).exists()]
-    files = single or sorted(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return _open_files(folder, files, "folder with one safetensors file")
-    if len(files) > 1:
-        raise CheckpointError(
-            f"{folder} holds several safetensors files and no {INDEX}: name the file to read"
-        )
-    pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
-    hint = f"name the file, {pickles[0].name} for one" if pickles else "is it the right folder?"
-    raise CheckpointError(f"{folder} holds no safetensors file: {hint}")
+def _joined(path: Path, source: Layout, parts: list[Checkpoint]) -> Checkpoint:
+    """Parts of one model, each one's tensors under names that begin with its prefix."""
+    readers: dict[str, Callable[[], Tensor]] = {}
+    metas: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    places: dict[str, tuple[Path, int, int]] = {}
+    for prefix, part in zip(source.stems, parts, strict=True):
+        readers |= {f"{prefix}{name}": read for name, read in part._readers.items()}
+        metas |= {f"{prefix}{name}": x for name, x in part._metas.items()}
+        aliases |= {f"{prefix}{alias}": f"{prefix}{name}" for alias, name in part.aliases.items()}
+        places |= {f"{prefix}{name}": place for name, place in part._places.items()}
+    folders = [prefix.rstrip("/") for prefix in source.stems if prefix]
+    layout = f"{parts[0].layout}, with {' '.join(folders)}"
+    files = [file for part in parts for file in part.files]
+    metadata = {key: text for part in parts for key, text in part.metadata.items()}
+    notes = [note for part in parts for note in part.notes]
+    return Checkpoint(path, files, layout, readers, metas, metadata, aliases, places, notes)
 
 
-def _open_sharded(folder: Path) -> Checkpoint:
-    """Hugging Face shards; the index and the shards must name the same tensors in the same files."""
-    index = folder / INDEX
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        shards = sorted({str(shard) for shard in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index} is no index of shards ({error!r}): fetch it again"
-        ) from error
-    outside = [shard for shard in shards if Path(shard).name != shard]
-    if outside:
-        raise CheckpointError(f"{index} names '{outside[0]}' outside of its folder: refused")
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        raise CheckpointError(f"{index} names {missing[0]}, which is not there: fetch it again")
-    checkpoint = _open_files(folder, [folder / s for s in shards], f"{len(shards)} shards")
-    held = {name: file.name for file in checkpoint.files for name in _names(file)}
-    for name in [*weight_map, *held]:
-        if held.get(name) != weight_map.get(name):
-            raise CheckpointError(
-                f"tensor '{name}' is in {held.get(name, 'no shard')} and in "
-                f"{weight_map.get(name, 'no line')} of {index}: fetch index and shards again"
-            )
+def _open_part(path: Path, part: Part, entry: str | None) -> Checkpoint:
+    """The tensors of files that are read as a whole; an index must say the same as its shards."""
+    files, ending = list(part.files), part.files[0].suffix
+    if any(file.suffix != ending for file in files):
+        raise CheckpointError(f"{part.index} names files of several formats: fetch it again")
+    if ending == ".safetensors":
+        layout = "safetensors file" if path.is_file() else "folder with one safetensors file"
+        if part.index is not None and len(files) > 1:
+            layout = f"{len(files)} shards"
+        checkpoint, held = _open_files(path, files, layout)
+    else:
+        layout = f"{ending} state dict" if path.is_file() else f"folder with {files[0].name}"
+        if part.index is not None:
+            layout = f"{len(files)} {ending} shards"
+        checkpoint, held = _open_pickles(path, files, layout, entry)
+    if part.index is not None:
+        _check_index(part.index, held)
     return checkpoint
 
 
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as handle:
-        return list(handle.keys())
+def _check_index(index: Path, held: Mapping[str, Path]) -> None:
+    """Refuse an index that does not name the same tensors in the same files as hold them."""
+    weight_map = read_index(index)
+    for name in [*weight_map, *held]:
+        if held.get(name) != weight_map.get(name):
+            place = held[name].name if name in held else "no shard"
+            line = weight_map[name].name if name in weight_map else "no line"
+            raise CheckpointError(
+                f"tensor '{name}' is in {place} and in {line} of {index}: fetch index and shards again"
+            )
 
 
-def _open_files(path: Path, files: list[Path], layout: str) -> Checkpoint:
+def _open_files(path: Path, files: list[Path], layout: str) -> tuple[Checkpoint, dict[str, Path]]:
+    """Tensors of safetensors files, and in which file each is."""
+    held: dict[str, Path] = {}
     readers: dict[str, Callable[[], Tensor]] = {}
     metas: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
@@ -183,6 +189,7 @@ def _open_files(path: Path, files: list[Path], layout: str) -> Checkpoint:
         if double:
             raise CheckpointError(f"tensor '{double[0]}' stands in two shards, {file} and another")
         metas |= entries
+        held |= dict.fromkeys(entries, file)
         readers |= {name: _reader(handle, file, name) for name in entries}
     # safetensors' own convention for shared tensors, see its save_model: metadata alias -> name
     # ("format" is a word of its own there, whatever the tensors are called)
@@ -190,7 +197,7 @@ def _open_files(path: Path, files: list[Path], layout: str) -> Checkpoint:
     aliases = {a: name for a, name in second.items() if name in readers}
     readers |= {alias: readers[name] for alias, name in aliases.items()}
     metas |= {alias: metas[name] for alias, name in aliases.items()}
-    return Checkpoint(path, files, layout, readers, metas, metadata, aliases, places)
+    return Checkpoint(path, files, layout, readers, metas, metadata, aliases, places), held
 
 
 def _places(file: Path) -> dict[str, tuple[Path, int, int]]:
@@ -238,96 +245,30 @@ def _reader(handle: Any, file: Path, name: str) -> Callable[[], Tensor]:
     return read
 
 
-def _open_pickle(path: Path) -> Checkpoint:
-    """State dict written by torch.save, read without running any code that it may hold."""
-    try:
-        content = _load_pickle(path)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors and is not opened, as that would run code in it. If you "
-            "trust it, convert it elsewhere:\n"
-            f"  model = torch.load({path.name!r}, weights_only=False)\n"
-            "  safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
-        ) from error
-    except Exception as error:  # torch.load raises many kinds on damaged files
-        if "TorchScript" in str(error):
-            raise CheckpointError(
-                f"{path} is a TorchScript program, as OpenAI's CLIP files are, and is not opened. If you "
-                f"trust it, save torch.jit.load({path.name!r}).state_dict() as safetensors elsewhere"
-            ) from error
-        raise CheckpointError(f"{path} is no whole state dict ({error}): fetch it again") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
-        raise CheckpointError(
-            f"{path} is no state dict of tensors: save model.state_dict() instead"
-        )
-    if content and all(str(name).startswith("module.") for name in content):
-        content = {str(name).removeprefix("module."): x for name, x in content.items()}
-    tensors = {str(name): x.detach() for name, x in content.items()}
-    for name, x in tensors.items():
-        if x.layout != torch.strided or x.is_quantized or x.is_meta:
-            kind = "without data" if x.is_meta else "quantized" if x.is_quantized else "sparse"
-            raise CheckpointError(f"{path}: tensor '{name}' is {kind}: save a plain dense tensor")
+def _open_pickles(
+    path: Path, files: list[Path], layout: str, entry: str | None
+) -> tuple[Checkpoint, dict[str, Path]]:
+    """Tensors of state dicts, and in which file each is, under the names that the files give them."""
+    tensors: dict[str, Tensor] = {}
+    held: dict[str, Path] = {}
+    entries: dict[str, str] = {}
+    for file in files:
+        found = read_pickle(file, entry)
+        if double := [name for name in found.tensors if name in tensors]:
+            raise CheckpointError(f"tensor '{double[0]}' stands in two shards, {file} and another")
+        tensors |= found.tensors
+        held |= dict.fromkeys(found.tensors, file)
+        if found.entry is not None:
+            entries[file.name] = found.entry
+    notes = [f"of {name} what stands under '{key}' is read" for name, key in entries.items()]
+    layout += "".join(f" under '{key}'" for key in dict.fromkeys(entries.values()))
+    tensors, stripped = without_wrappers(tensors)
+    if stripped:
+        notes.append(f"'{stripped}' is taken off the names of all tensors")
     readers = {name: partial(_same, x) for name, x in tensors.items()}
     metas = {name: torch.empty_like(x, device="meta") for name, x in tensors.items()}
-    layout = f"{path.suffix} state dict"
-    return Checkpoint(path, [path], layout, readers, metas, {}, _shared(tensors))
-
-
-def _load_pickle(path: Path) -> Any:
-    """Contents of a torch.save file by torch's restricted unpickler.
-
-    A whole pickled module, as the older checkpoints of the field are, names classes that the unpickler
-    refuses. Each of them is replaced by an inert stand-in, so that no code of theirs runs, and the
-    tensors are then picked from the stand-ins as nn.Module.state_dict() picks them.
-    """
-    load = partial(torch.load, path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    unsafe = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
-    try:
-        return load()
-    except pickle.UnpicklingError:
-        if unsafe is None or not _is_zip(path):
-            raise
-    stand_ins: list[Any] = [(type("StandIn", (_StandIn,), {}), name) for name in unsafe(path)]
-    with torch.serialization.safe_globals(stand_ins):
-        content = load()
-    if not isinstance(content, _StandIn):
-        return content
-    if "_modules" not in content.__dict__:
-        raise pickle.UnpicklingError("neither tensors nor a module")
-    return dict(_module_tensors(content, ""))
-
-
-def _is_zip(path: Path) -> bool:
-    return zipfile.is_zipfile(path)
-
-
-class _StandIn:
-    """Takes the place of a pickled object: keeps its attributes and does nothing."""
-
-    def __new__(cls, *_: object, **__: object) -> _StandIn:
-        return object.__new__(cls)
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-
-def _module_tensors(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a stand-in for an nn.Module, as its state_dict() would hold them."""
-    fields = module.__dict__
-    passing = fields.get("_non_persistent_buffers_set", ())
-    for kind in ("_parameters", "_buffers"):
-        for name, x in fields.get(kind, {}).items():
-            if x is not None and not (kind == "_buffers" and name in passing):
-                yield f"{prefix}{name}", x
-    for name, child in fields.get("_modules", {}).items():
-        if isinstance(child, _StandIn):
-            yield from _module_tensors(child, f"{prefix}{name}.")
+    aliases = _shared(tensors)
+    return Checkpoint(path, files, layout, readers, metas, {}, aliases, notes=notes), held
 
 
 def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -343,6 +284,15 @@ def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Strings in the header of a safetensors file, or of one of several shards.
+
+    Raises:
+        CheckpointError: it is no whole file.
+    """
+    return _open_files(file, [file], "safetensors file")[0].metadata
 
 
 def sha256(path: Path, stop: Event | None = None) -> str:

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Event
@@ -26,25 +26,29 @@ import torch
 from torch import Tensor
 
 from minipact import distributed
-from minipact.adapters import Adapter, adapter_files, is_adapter, open_adapter
+from minipact.adapters import Adapter, adapter_files, is_adapter, open_adapter, refuse_loose_lora
+from minipact.alignment import is_vocabulary_table, twins
 from minipact.card import CARD, Record, agreed, card_text, read_record
 from minipact.checkpoints import Checkpoint, open_checkpoint, sha256
 from minipact.errors import CheckpointError, MergeError, listing
+from minipact.layouts import read_json
+from minipact.mergekit import ENDINGS, read_mergekit
 from minipact.merging import Merged, Progress, Sweep, sweep
 from minipact.methods import find_method
 from minipact.output import (
     Output,
     Shelf,
     check_output,
-    copy_side_files,
+    complete_folder,
     parse_size,
     save_checkpoint,
 )
 from minipact.parallel import cores, memory
 from minipact.recipe import Recipe, as_globs
 from minipact.steps import Step
-from minipact.tensors import add_update, in_pieces
+from minipact.tensors import State, add_update, in_pieces
 from minipact.version import __version__
+from minipact.vocabulary import Union, union_of, united, write_union
 
 PathLike = str | Path
 Tasks = Sequence[PathLike] | Mapping[str, PathLike]
@@ -65,6 +69,7 @@ def merge_files(
     resume: bool = False,
     scales: Sequence[float] = (),
     score: Callable[[Path], float] | None = None,
+    entry: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
     progress: Progress = None,
@@ -72,11 +77,12 @@ def merge_files(
     """Merge checkpoints into a checkpoint, which appears whole or not at all.
 
     Args:
-        base: `.safetensors` file, Hugging Face or open_clip folder, or `.pt`/`.bin` state dict.
+        base: `.safetensors` file, folder of transformers, diffusers, sentence-transformers or open_clip, or
+            `.pt`/`.bin` state dict.
         tasks: fine-tuned ones by name, or as a list, then named after their files or folders; a task may
             be the folder of a PEFT LoRA adapter.
-        output: ends in .safetensors: one file; otherwise a folder with shards, the base's configuration
-            and tokenizer files, and a model card.
+        output: ends in .safetensors: one file; otherwise a folder with all that the base's holds but its
+            weights, which keep their names, and a model card.
         recipe: what to do; None is the default recipe, task arithmetic.
         device: where to compute. Under torchrun the processes share the work; bytes are the same.
         threads: tensors in work at once on CPUs, one core each; None is one per core, as far as a quarter
@@ -86,6 +92,7 @@ def merge_files(
         scales, score: merge once, write a candidate for each scale, and keep that of the highest
             score(path of the candidate). Beside the output this takes room on the disk for the merged
             task vectors in float32 and for one candidate, until the end; one process, no resume.
+        entry: key of the state dict in training checkpoints that hold several, such as "ema".
         base_model, license: of the card; None takes what the inputs' own cards agree on.
         progress: called with (done, in all, name) after each tensor, and after each scale.
 
@@ -104,7 +111,8 @@ def merge_files(
     started = time.perf_counter()
     target = Target(Path(output), max_shard_size, overwrite, resume, base_model, license)
     target.check(Path(base), named_paths(tasks).values())
-    job = open_job(base, tasks, recipe, device)
+    job = open_job(base, tasks, recipe, device, entry)
+    target.check_parts(job.base)
     if resume:
         job.merged.recipe.to_json()  # only what can be compared can go on
     with distributed.processes(device):
@@ -137,6 +145,14 @@ class Target:
         check_output(self.path, self.overwrite)
         _refuse_inputs_within(self.path, [base, *tasks])
 
+    def check_parts(self, base: Checkpoint) -> None:
+        """Refuse one file for the weights of several folders."""
+        folders = [prefix.rstrip("/") for prefix in base.source.stems if prefix]
+        if self.is_file and folders:
+            raise CheckpointError(
+                f"{self.path}: {base.path} has weights in {listing(folders)} too: give a folder as the output"
+            )
+
 
 def _refuse_inputs_within(output: Path, inputs: Iterable[Path]) -> None:
     """An output that is replaced must neither be an input nor hold one."""
@@ -159,12 +175,16 @@ class Job:
     Attributes:
         base, tasks: the checkpoints. aliases: second names, alias -> name, of tensors that the base and all
             tasks share between layers; they are merged once. merged: the merge, without second names.
+        entry: key of the state dict in training checkpoints, if one was named.
+        vocabulary: the union of the models' tokenizers, if one was asked for.
     """
 
     base: Checkpoint
     tasks: Mapping[str, Checkpoint | Adapter]
     aliases: Mapping[str, str]
     merged: Merged
+    entry: str | None = None
+    vocabulary: Union | None = None
 
     @property
     def inputs(self) -> dict[str, Checkpoint | Adapter]:
@@ -181,7 +201,17 @@ class Job:
 
     def metas(self) -> dict[str, Tensor]:
         """Name -> shape and type of every tensor of the output, in the base's order."""
-        return {name: self.merged.meta(self.aliases.get(name, name)) for name in self.base}
+        names = dict.fromkeys([*self.base, *self.merged])
+        return {name: self.merged.meta(self.aliases.get(name, name)) for name in names}
+
+    def complete(self, folder: Path) -> list[str]:
+        """Add what else belongs to the model to an output's folder; returns what the user should know."""
+        metas = self.metas()
+        notes = complete_folder(folder, self.base.source, metas)
+        if self.vocabulary is not None:
+            tables = [len(x) for name, x in metas.items() if is_vocabulary_table(name)]
+            write_union(self.vocabulary, folder, max([self.vocabulary.size, *tables]))
+        return notes
 
     def record(self, sums: Digests | None = None) -> Record:
         """What the result depends on, without paths; SHA-256 of the inputs if known."""
@@ -190,6 +220,8 @@ class Job:
             "versions": _versions(),
             "device": torch.device(self.merged.device).type,
         }
+        if self.entry is not None:
+            found["entry"] = self.entry
         if sums is not None:
             tasks = {name: sums[name] for name in self.tasks}
             found["inputs"] = {"base": sums[BASE], "tasks": tasks}
@@ -204,8 +236,14 @@ class Job:
             "tasks": {name: f"{task.path} ({task.layout})" for name, task in self.tasks.items()},
             "tensors": dict(Counter(step.treatment for step in steps)),
             "base_bytes": sum(self.base.meta(name).nbytes for name in self.base),
-            "notes": [*self.merged.notes, *_unrepeatable(self.merged.recipe)],
+            "output_bytes": sum(x.nbytes for x in self.metas().values()),
+            "notes": [*self._own_notes(), *self.merged.notes, *_unrepeatable(self.merged.recipe)],
         }
+
+    def _own_notes(self) -> list[str]:
+        """What single models have to say."""
+        models = {BASE: self.base} | {f"task '{name}'": task for name, task in self.tasks.items()}
+        return [f"{name}: {note}" for name, x in models.items() for note in getattr(x, "notes", ())]
 
     def with_paths(self, error: MergeError) -> MergeError:
         """The same error, with the paths of the models that it names."""
@@ -241,28 +279,58 @@ def _as_json(value: object) -> Any:
 
 
 def open_job(
-    base: PathLike, tasks: Tasks, recipe: Recipe | None = None, device: str = "cpu"
+    base: PathLike,
+    tasks: Tasks,
+    recipe: Recipe | None = None,
+    device: str = "cpu",
+    entry: str | None = None,
 ) -> Job:
     """Open the models and check the merge by names, shapes and options. Arguments as in `merge_files`.
 
     Raises CheckpointError and MergeError, with every problem of names and shapes in one message.
     """
-    opened = open_checkpoint(base)
+    opened = open_checkpoint(base, entry)
     paths = sorted(named_paths(tasks).items())
-    models = {name: _open_task(path, opened) for name, path in paths}
+    recipe = recipe or Recipe()
+    models = {name: _open_task(path, opened, recipe, entry) for name, path in paths}
     aliases = {
         alias: name
         for alias, name in opened.aliases.items()
         if all(task.aliases.get(alias) == name for task in models.values())
     }
-    recipe = _for_first_names(recipe or Recipe(), opened, aliases)
-    once = {name: task.without(aliases) for name, task in models.items()}
-    merged = Merged(opened.without(aliases), once, **recipe.keywords(), device=device)
-    return Job(opened, models, aliases, merged)
+    if _is_tied(opened.path):
+        aliases |= twins(opened, models.values())
+    recipe = _for_first_names(recipe, opened, aliases)
+    once: Mapping[str, State] = {name: x.without(aliases) for name, x in models.items()}
+    origin: State = opened.without(aliases)
+    vocabulary = None
+    if recipe.vocabulary == "union":
+        vocabulary = union_of(opened.path, {name: task.path for name, task in models.items()})
+        origin, once = united(vocabulary, origin, once)
+    merged = Merged(origin, once, **recipe.keywords(), device=device)
+    return Job(opened, models, aliases, merged, entry, vocabulary)
 
 
-def _open_task(path: Path, base: Checkpoint) -> Checkpoint | Adapter:
-    return open_adapter(path, base) if is_adapter(path) else open_checkpoint(path)
+def _is_tied(folder: Path) -> bool:
+    """Whether a model's configuration says that input and output embeddings are one; by default they are."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        return False
+    nested = config.get("text_config", {})
+    found = [x.get("tie_word_embeddings") for x in (config, nested) if isinstance(x, dict)]
+    return False not in found
+
+
+def _open_task(
+    path: Path, base: Checkpoint, recipe: Recipe, entry: str | None
+) -> Checkpoint | Adapter:
+    if not is_adapter(path):
+        found = open_checkpoint(path, entry)
+        refuse_loose_lora(found, base)
+        return found
+    adapter = open_adapter(path, base)
+    # a head that each adapter brings for itself alone is no reason to stop
+    return adapter.without_heads(recipe.exclude) if recipe.missing == "error" else adapter
 
 
 def named_paths(tasks: Tasks) -> dict[str, Path]:
@@ -333,11 +401,15 @@ def _of_first_names(
 
 @dataclass(frozen=True)
 class Recorded:
-    """A merge to repeat: tasks by name, the recipe, and what may keep the bytes from being alike."""
+    """A merge to repeat: tasks by name, the recipe, and what may keep the bytes from being alike.
+
+    entry: key of the state dict in training checkpoints, as `merge_files` takes it.
+    """
 
     tasks: dict[str, Path]
     recipe: Recipe
     notes: list[str]
+    entry: str | None = None
 
 
 def recorded(
@@ -348,10 +420,11 @@ def recorded(
     trust: Collection[str] = (),
     device: str = "cpu",
 ) -> Recorded:
-    """What a record says, for `merge_files(base, found.tasks, output, found.recipe)`.
+    """What a record says, for `merge_files(base, found.tasks, output, found.recipe, entry=found.entry)`.
 
     Args:
         record: a model card or its folder, a merged .safetensors file, or JSON; a recipe alone will do.
+            Or mergekit's YAML, for the methods that both have; its models are the tasks by name, or in order.
         base, tasks: the files, under any name and in any order; they are matched by their SHA-256. With a
             recipe alone the tasks keep their names.
         trust: "package.module:function" of those methods that may be imported. A record, which may come
@@ -362,6 +435,9 @@ def recorded(
         CheckpointError: there is no record, or an input is not the one recorded, or is missing.
         MergeError: the recipe cannot be read or repeated, or names a method that is not trusted.
     """
+    if Path(record).suffix in ENDINGS:
+        foreign = read_mergekit(Path(record))
+        return Recorded(foreign.matched(named_paths(tasks)), foreign.recipe, list(foreign.notes))
     found = read_record(Path(record))
     if "not repeatable" in found["recipe"]:
         raise MergeError(f"{record}: {found['recipe']['not repeatable']}")
@@ -369,21 +445,24 @@ def recorded(
     for method, option in [*((p, "--purify") for p in recipe.purify), (recipe.rule, "--rule")]:
         if ":" in str(method) and method not in trust:
             raise MergeError(f"{record} runs {method}: if you trust it, add {option} {method}")
+    entry = found.get("entry")
     if "inputs" not in found:
-        return Recorded(named_paths(tasks), recipe, [])
+        return Recorded(named_paths(tasks), recipe, [], entry)
     paths = tasks.values() if isinstance(tasks, Mapping) else tasks
-    matched = _matched(found["inputs"], Path(base), map(Path, paths))
-    return Recorded(matched, recipe, _differences(found, device))
+    matched = _matched(found["inputs"], Path(base), map(Path, paths), entry)
+    return Recorded(matched, recipe, _differences(found, device), entry)
 
 
-def _matched(inputs: Record, base: Path, tasks: Iterable[Path]) -> dict[str, Path]:
+def _matched(
+    inputs: Record, base: Path, tasks: Iterable[Path], entry: str | None
+) -> dict[str, Path]:
     """The tasks of a record among these files and folders, by SHA-256: name -> path."""
-    if _digests(base) != inputs["base"]:
+    if _digests(base, entry) != inputs["base"]:
         raise CheckpointError(f"{base} is not the recorded base: its SHA-256 differs")
     missing = {name: list(sums) for name, sums in inputs["tasks"].items()}
     found: dict[str, Path] = {}
     for path in tasks:
-        sums = _digests(path)
+        sums = _digests(path, entry)
         names = [name for name, theirs in missing.items() if theirs == sums]
         if not names and sums in inputs["tasks"].values():
             raise CheckpointError(f"{path} is given twice")
@@ -413,8 +492,8 @@ def _versions() -> dict[str, str]:
     return {"minipact": __version__, "torch": str(torch.__version__)}
 
 
-def _digests(path: Path) -> list[str]:
-    files = adapter_files(path) if is_adapter(path) else open_checkpoint(path).files
+def _digests(path: Path, entry: str | None) -> list[str]:
+    files = adapter_files(path) if is_adapter(path) else open_checkpoint(path, entry).files
     return [sha256(file) for file in files]
 
 
@@ -443,8 +522,9 @@ def _run(
         dir=target.path.absolute().parent, prefix=".scales-"
     ) as scratch:
         found = _sweep(job, target, threads, Path(scratch), scales, score, progress)
-        chosen = Job(job.base, job.tasks, job.aliases, found.merged)
-        return _write(chosen, target, stamps, threads, progress, found.scores)
+        return _write(
+            replace(job, merged=found.merged), target, stamps, threads, progress, found.scores
+        )
 
 
 def _sweep(
@@ -466,8 +546,8 @@ def _sweep(
             pass
         save_checkpoint(
             candidate,
-            _Written(Job(job.base, job.tasks, job.aliases, merged)),
-            finish=lambda folder: copy_side_files(job.base.path, folder),
+            _Written(replace(job, merged=merged)),
+            finish=job.complete,
             overwrite=True,
             **_layout(job, target),
         )
@@ -527,9 +607,9 @@ def command_score(command: str) -> Callable[[Path], float]:
 
 def _layout(job: Job, target: Target) -> dict[str, Any]:
     """Names and sizes of the output's files."""
-    if (job.base.path / "open_clip_config.json").is_file():
-        return {"max_shard_size": None, "stem": "open_clip_model"}
-    return {"max_shard_size": target.max_shard_size, "stem": "model"}
+    source = job.base.source
+    size = None if source.in_one_file else target.max_shard_size
+    return {"max_shard_size": size, "stems": source.stems}
 
 
 def _write(
@@ -609,8 +689,9 @@ def _complete(
     folder: Path, job: Job, target: Target, record: Record, scores: Mapping[float, float]
 ) -> list[str]:
     """Add the base's other files and the card to an output folder; returns what the user should know."""
-    copy_side_files(job.base.path, folder)
-    paths = {BASE: job.base.path} | {name: task.path for name, task in job.tasks.items()}
+    notes = job.complete(folder)
+    home = job.base.source.folder or job.base.path
+    paths = {BASE: home} | {name: task.path for name, task in job.tasks.items()}
     tasks = {name: task.path for name, task in job.tasks.items()}
     given = {"base_model": target.base_model, "license": target.license}
     silent = []
@@ -626,10 +707,10 @@ def _complete(
         scores=scores,
         **given,
     )
-    (folder / CARD).write_text(card)
-    if not silent:
-        return []
-    return [f"the card leaves out {' and '.join(silent)}: give --base-model, --license"]
+    (folder / CARD).write_bytes(card.encode())
+    if silent:
+        notes.append(f"the card leaves out {' and '.join(silent)}: give --base-model, --license")
+    return notes
 
 
 def _merge_share(
@@ -690,10 +771,22 @@ def _at_once(merged: Merged, threads: int | None) -> tuple[int, float]:
     """Tensors in work at once: as asked for, else one per core, as far as memory goes, and their room."""
     if threads is not None or torch.device(merged.device).type != "cpu":
         return threads or 1, float("inf")
-    spectral = any(step.spectral for step in merged.steps.values())
-    held = 4 * (2 * len(merged.tasks) + (16 if spectral else 4))  # bytes for an entry of a tensor
     share = distributed.size()
-    return max(1, cores() // share), memory() / 4 / held / share
+    return max(1, cores() // share), memory() / 4 / _held(merged) / share
+
+
+def _held(merged: Merged) -> int:
+    """Bytes for an entry of a tensor in work."""
+    spectral = any(step.spectral for step in merged.steps.values())
+    return 4 * (2 * len(merged.tasks) + (16 if spectral else 4))
+
+
+def memory_needed(job: Job, threads: int | None) -> int:
+    """Bytes that the tensors in work will take together at most, about, beside what torch itself takes."""
+    workers, room = _at_once(job.merged, threads)
+    sizes = sorted((step.entries for step in job.merged.steps.values()), reverse=True)
+    largest = sizes[0] if sizes else 0
+    return round(_held(job.merged) * max(largest, min(room, sum(sizes[: 4 * workers]))))
 
 
 def _header(record: Record) -> dict[str, str]:

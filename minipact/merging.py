@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 import minipact.per_task  # noqa: F401  enters its methods into the registry
-from minipact.errors import MergeError
+from minipact.alignment import Aligned, aligned, is_buffer
+from minipact.errors import MergeError, listing
 from minipact.methods import METHODS as METHODS
 from minipact.methods import (
     Measure,
@@ -45,6 +46,7 @@ from minipact.recipe import (
     Globs,
     Policy,
     Recipe,
+    Table,
     Use,
     as_globs,
     as_methods,
@@ -58,16 +60,18 @@ from minipact.steps import (
     Step,
     Tasks,
     applied_methods,
+    check_globs,
     check_work,
     decided_scale,
     decided_vectors,
+    is_selected,
+    kind_of,
     kinds_of,
     named_tasks,
-    refuse_mismatches,
     step_of,
     weights_by_name,
 )
-from minipact.tensors import Device, State, add_update, is_unchanged, meta_of, task_blocks
+from minipact.tensors import Device, State, add_update, is_same, is_unchanged, meta_of, task_blocks
 
 Progress = Callable[[int, int, str], None] | None
 Gather = Callable[[Any], list[Any]]
@@ -131,29 +135,42 @@ class Merged(Mapping[str, Tensor]):
         include: Globs = None,
         exclude: Globs = None,
         policy: Mapping[str, str] | Policy | None = None,
+        missing: str = "error",
+        rename: Mapping[str, str] | Table = (),
+        vocabulary: str = "same",
         dtype: str | torch.dtype | None = None,
         seed: int = 0,
         device: Device = "cpu",
     ) -> None:
-        self.base, self.tasks, self.device = base, named_tasks(tasks), device
-        refuse_mismatches(base, self.tasks)
+        named, self.device = named_tasks(tasks), device
         given = Recipe(
             rule=rule,
             purify=as_methods(purify),
             options=options or {},
             scale=scale,
             vectors=vectors,
-            weights=weights_by_name(weights, tasks, self.tasks),
+            weights=weights_by_name(weights, tasks, named),
             include=as_globs(include, "include"),
             exclude=as_globs(exclude, "exclude"),
             policy=policy if callable(policy) else as_table(policy),
+            missing=missing,
+            rename=as_table(rename, "rename"),
+            vocabulary=vocabulary,
             dtype=dtype_name(dtype),
             seed=seed,
         )
-        self._metas = {name: meta_of(base, name).to("meta") for name in base}
-        self._uses = applied_methods(given, base)
-        self._kinds = kinds_of(given, base)
-        found, self.notes = decided_scale(given.scale, self._uses)
+        if vocabulary == "union" and not hasattr(base, "vocabulary"):
+            hint = "give model folders to merge_files, or to the command line"
+            raise MergeError(f"vocabulary='union' needs the models' tokenizers: {hint}")
+        models = aligned(base, named, partial(_is_merged, given), given.missing, given.rename)
+        self.base, self.tasks = models.base, models.tasks
+        self._models: Aligned = models
+        check_globs(given, {*self.base, *(name for task in self.tasks.values() for name in task)})
+        self._metas = {name: meta_of(self.base, name).to("meta") for name in self.base}
+        self._uses = applied_methods(given, self.base)
+        self._kinds = kinds_of(given, self.base, models.copied)
+        found, notes = decided_scale(given.scale, self._uses, len(self.tasks))
+        self.notes = (*models.notes, *notes)
         self._vectors = given.vectors
         self._passes: dict[str | float, _FirstPass] = {}
         self.recipe = replace(given, options={use.name: use.effective for use in self._uses})
@@ -195,7 +212,7 @@ class Merged(Mapping[str, Tensor]):
 
     def prefetch(self, name: str) -> None:
         """Have those models fetch a tensor in the background that can, and are needed for it."""
-        states = [self.base, *self.tasks.values()] if self._computes(name) else [self.base]
+        states = [self.base, *self._holding(name).values()] if self._computes(name) else [self.base]
         for state in states:
             if hasattr(state, "prefetch"):
                 state.prefetch(name)
@@ -265,6 +282,7 @@ class Merged(Mapping[str, Tensor]):
         found = self._passes[self.recipe.vectors]
         with found.lock:
             if found.answers is None:
+                self._refuse_strangers()
                 self._refuse_identical()
                 answers: Answers = []
                 for use in self._uses:
@@ -336,7 +354,9 @@ class Merged(Mapping[str, Tensor]):
             if use.name in step.purify
         ]
         whole = not (by_entry and all(use.takes_blocks(answer) for use, answer in acting))
-        source = step.name, self.base, self.tasks, self.recipe.weights, self.device
+        tasks = self._holding(step.name)
+        weights = {label: x for label, x in (self.recipe.weights or {}).items() if label in tasks}
+        source = step.name, self.base, tasks, weights, self.device
         for D in task_blocks(*source, whole=whole):
             for use, answer in acting:
                 D = self._call(use, answer, step, D)
@@ -370,13 +390,14 @@ class Merged(Mapping[str, Tensor]):
         if "generator" in needs:
             keywords["generator"] = named_generator(seed, step.name)
         if "generators" in needs:
-            per_task = [named_generator(seed, task, step.name) for task in self.tasks]
+            per_task = [named_generator(seed, task, step.name) for task in self._holding(step.name)]
             keywords["generator"] = per_task
         inputs = [D]
         if "base" in needs:  # a copy for functions of strangers, who might change it
             inputs.insert(0, self.base[step.name].to(D, copy=not is_built_in(use.method)))
         if "tuned" in needs:
-            keywords["tuned"] = torch.stack([task[step.name].to(D) for task in self.tasks.values()])
+            tuned = self._holding(step.name).values()
+            keywords["tuned"] = torch.stack([task[step.name].to(D) for task in tuned])
         if use.sees_transposed(step.kind):
             inputs = [x.mT for x in inputs]
             keywords |= {name: x.mT for name, x in keywords.items() if name == "tuned"}
@@ -388,6 +409,11 @@ class Merged(Mapping[str, Tensor]):
         treated = [step for step in self.steps.values() if use.name in (*step.purify, step.rule)]
         if survey is None or not treated:
             return {}
+        if partly := [step.name for step in treated if step.name in self._models.holders]:
+            hint = "take missing='base', or exclude it"
+            raise MergeError(
+                f"{use.name} looks at all tasks at once, and some lack {listing(partly)}: {hint}"
+            )
         mine = [s.name for s in treated if part.names is None or s.name in part.names]
         entries = sum(step.entries for step in treated)
         talk = survey(tasks=len(self.tasks), entries=entries, **use.taken_by(survey))
@@ -423,10 +449,41 @@ class Merged(Mapping[str, Tensor]):
             raise MergeError(f"{use.name} finds no tensor to look at in a first pass: see names")
         return _added(value for _, value in sorted(found, key=lambda item: item[0]))
 
+    def _holding(self, name: str) -> dict[str, State]:
+        """The tasks that hold a tensor: all but where missing="present" lets some lack it."""
+        labels = self._models.holders.get(name, tuple(self.tasks))
+        return {label: self.tasks[label] for label in labels}
+
+    def _refuse_strangers(self) -> None:
+        """Tensors that a merge cannot change must be alike where they cannot be made anew."""
+        for name in self._models.taken:
+            first, *others = self._holding(name).items()
+            for label, task in others:
+                if not torch.equal(first[1][name], task[name]):
+                    both = f"'{name}' of task '{label}' and of task '{first[0]}' differ"
+                    raise MergeError(
+                        f"{both}, and the base lacks it: exclude it, or take missing='base'"
+                    )
+        for name, meta in self._metas.items():
+            if meta.is_floating_point() or meta.is_complex() or is_buffer(name, meta):
+                continue
+            for label, task in self.tasks.items():
+                if (
+                    is_selected(self.recipe, name)
+                    and name in task
+                    and not is_same(self.base, task, name)
+                ):
+                    what = (
+                        f"'{name}' of task '{label}' holds other {meta.dtype} numbers than the base"
+                    )
+                    hint = "unpack quantized weights first, or exclude it to keep the base's"
+                    raise MergeError(f"{what}, and whole numbers cannot be merged: {hint}")
+
     def _refuse_identical(self) -> None:
         merged = [step.name for step in self.steps.values() if step.rule != "copy"]
         for label, task in self.tasks.items():
-            if all(is_unchanged(task, name, self.base) for name in merged):
+            held = [name for name in merged if label in self._holding(name)]
+            if all(is_unchanged(task, name, self.base) for name in held):
                 hint = "leave it out, or check that the right files were given"
                 raise MergeError(f"task '{label}' equals the base in every tensor to merge: {hint}")
 
@@ -439,6 +496,7 @@ class Merged(Mapping[str, Tensor]):
         small = copy.copy(self)
         small.base, small.device = {"": base}, "cpu"
         small.tasks = {name: {"": x} for name, x in zip(self.tasks, tuned, strict=True)}
+        small._models, small._metas = replace(self._models, taken=frozenset(), holders={}), {}
         small.recipe = replace(self.recipe, weights=None)
         small.steps = {"": Step("", (4, 4), torch.float32, "matrix", purify, rule)}
         small._passes = {self.recipe.vectors: _FirstPass()}
@@ -450,6 +508,11 @@ class Merged(Mapping[str, Tensor]):
         except TypeError as error:
             given = {use.name: use.options for use in self._uses if use.name in (*purify, rule)}
             raise MergeError(f"an option is of the wrong type, {given}: {error}") from error
+
+
+def _is_merged(recipe: Recipe, name: str, tensor: Tensor) -> bool:
+    """Whether a recipe touches a tensor of this name, shape and type."""
+    return kind_of(recipe, name, tensor) != "copy"
 
 
 PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -502,6 +565,9 @@ def merge(
     include: Globs = None,
     exclude: Globs = None,
     policy: Mapping[str, str] | Policy | None = None,
+    missing: str = "error",
+    rename: Mapping[str, str] | Table = (),
+    vocabulary: str = "same",
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
     device: Device = "cpu",
@@ -512,8 +578,8 @@ def merge(
 
     Args:
         base: pre-trained model, a mapping name -> tensor: a state dict or a lazy checkpoint.
-        tasks: fine-tuned models with the same names and shapes, as a list or as a mapping
-            task name -> model. With names the result does not depend on their order, bit for bit.
+        tasks: fine-tuned models, as a list or as a mapping task name -> model; the tensors to merge have the
+            same names and shapes. With names the result does not depend on their order, bit for bit.
         rule: name in METHODS, "package.module:function", a function of the registry, or your own
             D [T, m, n] -> [m, n] for matrices.
         purify: likewise, one or several in order; your own is (W0, D) -> D for matrices.
@@ -533,6 +599,13 @@ def merge(
         include, exclude: globs of tensor names; what they leave out is copied from the base.
         policy: glob -> "matrix", "matrix_T", "vector" or "copy", ahead of `default_policy`; or a function
             (name, tensor) -> kind instead of it.
+        missing: what becomes of tensors that are to be merged and that a model lacks. "error": said, and
+            refused. "base": a task without it counts as unchanged; what the base lacks is left out.
+            "present": it is merged from the tasks that hold it; what the base lacks is taken over if its
+            holders agree bit for bit.
+        rename: old -> new beginnings of names in the tasks. A beginning that all names of a task have, or
+            all of the base's, is found alone, and said in the notes.
+        vocabulary: "same"; "union" is for `merge_files`, which knows the models' tokenizers.
         dtype: floating-point type of the result; None keeps the base's. All work is done in float32
             at least, in float64 where an input is float64.
         seed: of all random numbers, drawn apart for each tensor and task name.
@@ -547,8 +620,8 @@ def merge(
     """
     merged = Merged(
         base, tasks, rule=rule, purify=purify, options=options, scale=scale, vectors=vectors,
-        weights=weights, include=include, exclude=exclude, policy=policy, dtype=dtype, seed=seed,
-        device=device,
+        weights=weights, include=include, exclude=exclude, policy=policy, missing=missing, rename=rename,
+        vocabulary=vocabulary, dtype=dtype, seed=seed, device=device,
     )  # fmt: skip
     tensors = merged.map(merged.__getitem__, threads=threads)
     found = {}

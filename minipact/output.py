@@ -13,35 +13,29 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minipact.checkpoints import DTYPES, INDEX, JOURNAL, PICKLES
+from minipact.checkpoints import DTYPES
 from minipact.errors import CheckpointError
+from minipact.layouts import JOURNAL, PICKLES, Layout, Stem, by_prefix, read_json, side_files
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "open_clip_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-)
+FLOATS = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def parse_size(text: str | int) -> int:
@@ -84,7 +78,7 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
         raise CheckpointError(
             f"{path} exists as another kind (file or folder): choose another output"
         )
-    if path.is_dir() and any(path.iterdir()) and not any(path.glob("*.safetensors")):
+    if path.is_dir() and any(path.iterdir()) and not _holds_model(path):
         raise CheckpointError(
             f"{path} is a folder without weights and is not overwritten: choose another"
         )
@@ -93,6 +87,12 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
             f"{_aside(path)} is in the way, as an old output waits there while the new one takes its "
             "place: move it away"
         )
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a folder looks like an output, so that another may take its place."""
+    inner = folder.glob("*/*.safetensors") if (folder / "modules.json").is_file() else ()
+    return any(folder.glob("*.safetensors")) or any(inner)
 
 
 class Output:
@@ -109,7 +109,8 @@ class Output:
         metas: name -> tensor of the right shape and dtype, on the "meta" device for instance.
         max_shard_size: bytes of a shard in a folder, as `parse_size` reads them; None: all in one file.
         metadata: strings for the header of each file beside {"format": "pt"}.
-        stem: "model" in the names of a folder's files.
+        stems: names of a folder's files; of a model with several parts for each of them, by the prefix of its
+            tensors' names, which its files leave out.
         overwrite: replace an existing output.
 
     Raises:
@@ -123,7 +124,7 @@ class Output:
         *,
         max_shard_size: str | int | None = "5GB",
         metadata: Mapping[str, str] | None = None,
-        stem: str = "model",
+        stems: Mapping[str, Stem] | None = None,
         overwrite: bool = False,
     ) -> None:
         limit = None if max_shard_size is None else parse_size(max_shard_size)
@@ -132,12 +133,14 @@ class Output:
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.single = self.path.suffix == ".safetensors"
         growing = self.partial / self.path.name
-        groups = {"": dict(metas)} if self.single else _groups(metas, limit, stem)
-        self.shards = [_Shard(growing / n, held, self.metadata) for n, held in groups.items()]
+        if self.single:
+            self.shards = [_Shard(growing, dict(metas), self.metadata)]
+        else:
+            self.shards = _shards(growing, metas, stems or {"": Stem()}, limit, self.metadata)
         self.places = {name: shard for shard in self.shards for name in shard.metas}
         self.done: set[str] = set()
         self._handles: dict[Path, FileIO] = {}
-        self._lock: int | None = None
+        self._lock: BaseFileLock | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="to-disk")
         self._fresh: list[str] = []
         self._syncing: Future[None] | None = None
@@ -172,11 +175,10 @@ class Output:
             self.done = set()
             _remove(partial / JOURNAL)
             _remove(partial / self.path.name)
-            if not self.single:
-                (partial / self.path.name).mkdir()
             for shard in self.shards:
+                shard.file.parent.mkdir(parents=True, exist_ok=True)
                 _reserve(shard.file, shard.size)
-            (partial / JOURNAL).write_text(json.dumps({"recipe": record}) + "\n")
+            (partial / JOURNAL).write_bytes((json.dumps({"recipe": record}) + "\n").encode())
         return self.done
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -241,9 +243,8 @@ class Output:
         if missing := [name for name in self.places if name not in self.done]:
             raise CheckpointError(f"{self.path}: tensor '{missing[0]}' was never written")
         for shard in self.shards:
-            header = _header(shard.metas, self.metadata | dict(metadata or {}), len(shard.header))[
-                0
-            ]
+            told = self.metadata | dict(metadata or {})
+            header = _header(shard.stored, told, len(shard.header))[0]
             if len(header) != len(shard.header):
                 raise CheckpointError(
                     f"{self.path}: the metadata has outgrown the place kept for it"
@@ -252,14 +253,14 @@ class Output:
             os.fsync(self._handle(shard.file).fileno())
         growing = self.partial / self.path.name
         if not self.single:
-            _write_index(growing, self.shards)
+            _write_indexes(growing, self.shards)
             if finish is not None:
                 finish(growing)
-            _flush(*growing.iterdir(), growing)
+            _flush(*growing.rglob("*"), growing)
         self._close_files()
         _replace(growing, self.path)
         self.close(keep=False)
-        return sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
+        return sorted(file for file in (self.path, *self.path.rglob("*")) if file.is_file())
 
     def close(self, *, keep: bool) -> None:
         """Let go of the files; what is unfinished is removed, unless it is to be kept for resuming."""
@@ -267,7 +268,9 @@ class Output:
         self._close_files()
         if self._lock is not None:
             journal = self.partial / JOURNAL
-            if not (keep and journal.is_file() and '"done"' in journal.read_text()):
+            if not (keep and journal.is_file() and b'"done"' in journal.read_bytes()):
+                if os.name == "nt":  # no file goes there while it is open
+                    self._unlock()
                 _remove(self.partial)
             self._unlock()
 
@@ -278,7 +281,7 @@ class Output:
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
         self._lock = None
 
 
@@ -295,7 +298,7 @@ def save_checkpoint(
         path: ends in .safetensors: one file; otherwise a folder in Hugging Face layout.
         state: a state dict or a lazy checkpoint; tensors are taken one by one.
         finish: called with the unfinished folder at the end, to add files to it.
-        settings: max_shard_size, metadata, stem, overwrite as `Output` takes them.
+        settings: max_shard_size, metadata, stems, overwrite as `Output` takes them.
 
     Returns:
         The files written.
@@ -350,24 +353,49 @@ class Shelf(MutableMapping[str, Tensor | None]):
 
 
 class _Shard:
-    """One file of an output: its tensors, where each starts, its provisional header and its size."""
+    """One file of an output: its tensors, where each starts, its provisional header and its size.
+
+    The file's own names of its tensors, `stored`, lack the prefix of the part that it belongs to.
+    """
 
     def __init__(
-        self, file: Path, metas: Mapping[str, Tensor], metadata: Mapping[str, str]
+        self,
+        file: Path,
+        metas: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        prefix: str = "",
+        stem: Stem | None = None,
     ) -> None:
-        self.file, self.metas = file, metas
-        self.header, starts = _header(metas, metadata)
-        self.starts = {name: len(self.header) + start for name, start in starts.items()}
+        self.file, self.metas, self.stem = file, metas, stem
+        self.stored = {name.removeprefix(prefix): x for name, x in metas.items()}
+        self.header, starts = _header(self.stored, metadata)
+        self.starts = {f"{prefix}{name}": len(self.header) + x for name, x in starts.items()}
         self.size = len(self.header) + sum(x.nbytes for x in metas.values())
 
     def is_laid_out(self) -> bool:
         return self.file.is_file() and self.file.stat().st_size == self.size
 
 
-def _groups(
-    metas: Mapping[str, Tensor], limit: int | None, stem: str
-) -> dict[str, dict[str, Tensor]]:
-    """Tensors by file name: one file after the other is filled, in the order of the names given."""
+def _shards(
+    folder: Path,
+    metas: Mapping[str, Tensor],
+    stems: Mapping[str, Stem],
+    limit: int | None,
+    metadata: Mapping[str, str],
+) -> list[_Shard]:
+    """The files of a folder, those of each part of a model under its own stem."""
+    shards = []
+    for prefix, names in by_prefix(metas, stems).items():
+        # what loads a module beside the first knows no shards
+        groups = _groups({name: metas[name] for name in names}, None if prefix else limit)
+        for number, held in enumerate(groups, start=1):
+            file = folder / stems[prefix].file(number, len(groups))
+            shards.append(_Shard(file, held, metadata, prefix, stems[prefix]))
+    return shards
+
+
+def _groups(metas: Mapping[str, Tensor], limit: int | None) -> list[dict[str, Tensor]]:
+    """Tensors by file: one file after the other is filled, in the order of the names given."""
     groups: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, x in metas.items():
@@ -376,12 +404,7 @@ def _groups(
             size = 0
         groups[-1][name] = x
         size += x.nbytes
-    if len(groups) == 1:
-        return {f"{stem}.safetensors": groups[0]}
-    return {
-        f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors": group
-        for number, group in enumerate(groups, start=1)
-    }
+    return groups
 
 
 def _header(
@@ -413,12 +436,14 @@ def _header(
     return len(padded).to_bytes(8, "little") + padded, starts
 
 
-def _write_index(folder: Path, shards: list[_Shard]) -> None:
-    if len(shards) > 1:
-        weight_map = {name: shard.file.name for shard in shards for name in shard.metas}
-        size = sum(x.nbytes for shard in shards for x in shard.metas.values())
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+def _write_indexes(folder: Path, shards: list[_Shard]) -> None:
+    for stem in {shard.stem for shard in shards if shard.stem is not None}:
+        ours = [shard for shard in shards if shard.stem == stem]
+        if len(ours) > 1:
+            weight_map = {name: shard.file.name for shard in ours for name in shard.stored}
+            size = sum(x.nbytes for shard in ours for x in shard.metas.values())
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            (folder / stem.index).write_bytes((json.dumps(index, indent=2) + "\n").encode())
 
 
 def _write_at(file: FileIO, start: int, data: memoryview) -> None:
@@ -441,25 +466,30 @@ def _reserve(file: Path, size: int) -> None:
             opened.truncate(size)
 
 
-def _locked(file: Path, output: Path) -> int:
-    """Handle of a lock file; the system lets go of the lock when the process ends, however it does."""
-    import fcntl
-
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+def _locked(file: Path, output: Path) -> BaseFileLock:
+    """A lock file, held; the system lets go of it when the process ends, however it does."""
+    lock = FileLock(file)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
+        _acquire(lock, file)
+    except Timeout as error:
         raise CheckpointError(
             f"{output} is being written by another run: wait for it, or choose another output"
         ) from error
-    return handle
+    return lock
+
+
+def _acquire(lock: BaseFileLock, file: Path) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except TypeError:  # its holder is dead, but the system lacks the call to take a lock over
+        file.unlink(missing_ok=True)
+        lock.acquire(timeout=0)
 
 
 def _recorded(journal: Path, record: Mapping[str, Any]) -> set[str]:
     """Tensors that an interrupted run has finished; refuses one with another recipe."""
     lines = []
-    for line in journal.read_text(errors="replace").splitlines():
+    for line in journal.read_text("utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):  # a line torn by a power cut does not count
             lines.append(json.loads(line))
     old: dict[str, Any] = next((line["recipe"] for line in lines if "recipe" in line), {})
@@ -473,8 +503,9 @@ def _recorded(journal: Path, record: Mapping[str, Any]) -> set[str]:
 
 
 def _flush(*paths: Path) -> None:
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
+    windows = os.name == "nt"  # it flushes what is open for writing, and no folders
+    for path in (path for path in paths if not (windows and path.is_dir())):
+        handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
@@ -510,11 +541,51 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def copy_side_files(source: Path, folder: Path) -> list[str]:
-    """Copy configuration and tokenizer files of a model folder; returns their names."""
-    if not source.is_dir():
-        return []
-    found = sorted({path for glob in SIDE_FILES for path in source.glob(glob) if path.is_file()})
-    for path in found:
-        shutil.copyfile(path, folder / path.name)
-    return [path.name for path in found]
+def complete_folder(folder: Path, layout: Layout, metas: Mapping[str, Tensor]) -> list[str]:
+    """Add to an output's folder what else belongs to the model; returns what the user should know.
+
+    All of the model's own folder is copied but weights, states of training and what is very large. Its
+    configurations tell the types of the weights that are written, in `metas`. No code in it is run.
+    """
+    found = side_files(layout)
+    for name in found.files:
+        assert layout.folder is not None
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(layout.folder / name, folder / name)
+    for prefix, names in by_prefix(metas, layout.stems).items():
+        config = folder / layout.stems[prefix].folder / "config.json"
+        _tell_types(config, [metas[name] for name in names])
+    return found.notes
+
+
+def _tell_types(file: Path, written: Iterable[Tensor]) -> None:
+    """Have a configuration say of what type the weights are, where it says something else."""
+    sizes: Counter[str] = Counter()
+    for x in written:
+        if x.dtype in FLOATS.values():  # of float8 a configuration tells how it computes
+            sizes[str(x.dtype).removeprefix("torch.")] += x.numel()
+    config = read_json(file)
+    if not sizes or not isinstance(config, dict):
+        return
+    told = _with_types(config, sizes, max(sizes, key=lambda kind: sizes[kind]))
+    if told != config:
+        file.write_bytes((json.dumps(told, indent=2) + "\n").encode())
+
+
+def _with_types(config: Mapping[str, Any], written: Collection[str], main: str) -> dict[str, Any]:
+    """A configuration with main for the type of its weights, where it names one that is not written.
+
+    Those of towers within count too, but not those of quantized weights, which tell how these compute.
+    """
+    found = dict(config)
+    for key, value in config.items():
+        if key in ("torch_dtype", "dtype") and isinstance(value, str):
+            kind = value.removeprefix("torch.")
+            if kind in FLOATS and kind not in written:
+                found[key] = value.replace(kind, main)
+        elif isinstance(value, dict) and _TOWER.fullmatch(key):
+            found[key] = _with_types(value, written, main)
+    return found
+
+
+_TOWER = re.compile(r"(?!quantization|compression).+_config(_dict)?")

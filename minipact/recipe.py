@@ -20,6 +20,8 @@ Policy = Callable[[str, Tensor], str]
 Globs = str | Sequence[str] | None
 Table = tuple[tuple[str, str], ...]
 VECTORS = ("auto", "rule", "mean", "copy")
+VOCABULARIES = ("same", "union")
+MISSING = ("error", "base", "present")
 KINDS_OF_TENSOR = ("matrix", "matrix_T", "vector", "copy")
 
 
@@ -39,6 +41,10 @@ class Recipe:
         include, exclude: globs of tensor names.
         policy: pairs, or a mapping, glob -> "matrix", "matrix_T", "vector" or "copy"; the first glob that
             matches counts, then the default policy. Or a function (name, tensor) -> kind in its place.
+        missing: "error"; "base", what a task lacks counts as unchanged, and what the base lacks is left out;
+            or "present", each tensor is merged from the models that hold it.
+        rename: pairs (old, new) of beginnings of names in the tasks.
+        vocabulary: "same", or "union" of the tokenizers in model folders, for `merge_files`.
         dtype: name of the result's floating-point type, "bfloat16" for one; None keeps the base's.
         seed: of all random numbers.
     """
@@ -52,6 +58,9 @@ class Recipe:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     policy: Table | Policy = ()
+    missing: str = "error"
+    rename: Table = ()
+    vocabulary: str = "same"
     dtype: str | None = None
     seed: int = 0
 
@@ -65,6 +74,9 @@ class Recipe:
         settle("exclude", as_globs(self.exclude, "exclude"))
         settle("options", _options(self.options))
         settle("dtype", dtype_name(self.dtype))
+        check_known("missing", [self.missing], MISSING)
+        check_known("vocabulary", [self.vocabulary], VOCABULARIES)
+        settle("rename", as_table(self.rename, "rename"))
         if not callable(self.policy):
             settle("policy", as_table(self.policy))
             check_known("policy", [kind for _, kind in self.policy], KINDS_OF_TENSOR)
@@ -181,15 +193,16 @@ def _as_tuple(x: object) -> object:
     return tuple(x) if isinstance(x, list) else x
 
 
-def as_table(given: object) -> Table:
-    """Pairs (glob, kind) of a policy, from a mapping or from pairs; their order counts."""
+def as_table(given: object, what: str = "policy") -> Table:
+    """Pairs of a policy (glob, kind), or of names (old, new), from a mapping or pairs; their order counts."""
     if given is None:
         return ()
     pairs = list(given.items()) if isinstance(given, Mapping) else given
     if not isinstance(pairs, list | tuple) or not all(
         isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
     ):
-        raise MergeError(f"policy must be a mapping glob -> kind, not {given!r}")
+        pairs = {"policy": "glob -> kind", "rename": "old -> new"}[what]
+        raise MergeError(f"{what} must be a mapping {pairs}, not {given!r}")
     return tuple((str(glob), str(kind)) for glob, kind in pairs)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minipact.alignment import is_buffer
 from minipact.errors import MergeError, check_known, listing
 from minipact.methods import RANK_OPTIONS, SUPPLIED, Method, Options, find_method, parameters_of
 from minipact.recipe import KINDS_OF_TENSOR, Policy, Recipe, Table, as_globs
@@ -33,9 +34,9 @@ def default_policy(name: str, tensor: Tensor) -> str:
     `visual.proj`, GPT-2's Conv1D layers): purifiers see it transposed, and so do rules that tell inputs from
     outputs. Vectors are all the rest: biases, norms, convolutions, token tables, and `text_projection`, as
     published; so are positional embeddings as matrices. Statistics of batch normalisation are copied:
-    recompute them after merging.
+    recompute them after merging. So are known buffers, such as tables of positions.
     """
-    if name.endswith(("running_mean", "running_var")):
+    if name.endswith(("running_mean", "running_var")) or is_buffer(name, tensor):
         return "copy"
     if tensor.ndim != 2 or any(t in name for t in ("text_projection", *LOOKUP_TABLES)):
         return "vector"
@@ -142,7 +143,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def _refuse_idle_globs(globs: Iterable[str], names: Iterable[str], what: str) -> None:
     """Each glob must match a name, so that a typo cannot pass silently."""
     if idle := [glob for glob in globs if not any(fnmatchcase(name, glob) for name in names)]:
-        raise MergeError(f"{what} {listing(idle)} matches no tensor name of the base")
+        raise MergeError(f"{what} {listing(idle)} matches no tensor name of the base or the tasks")
 
 
 def named_tasks(tasks: Tasks) -> dict[str, State]:
@@ -155,30 +156,6 @@ def named_tasks(tasks: Tasks) -> dict[str, State]:
     if not named or not all(isinstance(task, Mapping) for task in named.values()):
         raise MergeError("tasks must be a list, or a mapping by name, of state dicts: at least one")
     return named
-
-
-def refuse_mismatches(base: State, tasks: States) -> None:
-    """Raise MergeError, one message with everything that keeps the models from being compared."""
-    problems = [text for name, task in tasks.items() for text in mismatches(base, name, task)]
-    if problems:
-        raise MergeError("\n".join(problems))
-
-
-def mismatches(base: State, label: str, task: State) -> list[str]:
-    """What keeps a fine-tuned model from being compared with the base, one line each."""
-    if not isinstance(base, Mapping) or not base:
-        return ["the base must be a mapping name -> tensor with entries: pass model.state_dict()"]
-    problems = []
-    if missing := [name for name in base if name not in task]:
-        problems.append(f"task '{label}' lacks {listing(missing)}: is it tuned from this base?")
-    if extra := [name for name in task if name not in base]:
-        problems.append(f"task '{label}' has {listing(extra)}, unknown to the base: remove it")
-    for name in [name for name in base if name in task]:
-        x, y = meta_of(base, name), meta_of(task, name)
-        if (x.shape, x.is_floating_point()) != (y.shape, y.is_floating_point()):
-            given = f"{y.dtype} {tuple(y.shape)}, in the base {x.dtype} {tuple(x.shape)}"
-            problems.append(f"task '{label}': '{name}' is {given}: crop, resize or convert it")
-    return problems
 
 
 def weights_by_name(weights: Factors, tasks: Tasks, named: States) -> dict[str, float]:
@@ -228,22 +205,28 @@ def _applied(method: Method, given: Options, base: State) -> Applied:
     return Applied(method, options, scope or ("*",))
 
 
-def kinds_of(recipe: Recipe, base: State) -> dict[str, str]:
-    """Kind of each tensor: by the policy where the merge touches it, else "copy".
+def kinds_of(recipe: Recipe, base: State, copied: Collection[str] = ()) -> dict[str, str]:
+    """Kind of each tensor: by the policy where the merge touches it, else "copy", as for some by name."""
+    return {
+        name: "copy" if name in copied else kind_of(recipe, name, meta_of(base, name))
+        for name in base
+    }
 
-    Raises MergeError where a glob matches nothing, or the
-    policy names an unknown kind, or a matrix that is none.
-    """
+
+def check_globs(recipe: Recipe, names: Collection[str]) -> None:
+    """Raise MergeError where a glob of the recipe matches none of the models' tensors."""
     for what in ("include", "exclude"):
-        _refuse_idle_globs(getattr(recipe, what), base, what)
+        _refuse_idle_globs(getattr(recipe, what), names, what)
     if not callable(recipe.policy):
-        _refuse_idle_globs([glob for glob, _ in recipe.policy], base, "policy")
-    return {name: _kind(name, meta_of(base, name), recipe) for name in base}
+        _refuse_idle_globs([glob for glob, _ in recipe.policy], names, "policy")
 
 
-def _kind(name: str, tensor: Tensor, recipe: Recipe) -> str:
-    wanted = _matches(name, recipe.include or ("*",)) and not _matches(name, recipe.exclude)
-    if not wanted or not tensor.is_floating_point():
+def kind_of(recipe: Recipe, name: str, tensor: Tensor) -> str:
+    """Kind of a tensor: by the policy where the merge touches it, else "copy".
+
+    Raises MergeError where the policy names an unknown kind, or a matrix that is none.
+    """
+    if not is_selected(recipe, name) or not tensor.is_floating_point():
         return "copy"
     kind = _by_policy(name, tensor, recipe.policy)
     check_known(f"policy for '{name}'", [kind], KINDS_OF_TENSOR)
@@ -251,6 +234,11 @@ def _kind(name: str, tensor: Tensor, recipe: Recipe) -> str:
         shape = tuple(tensor.shape)
         raise MergeError(f"policy: '{name}' of shape {shape} cannot be a {kind}")
     return kind
+
+
+def is_selected(recipe: Recipe, name: str) -> bool:
+    """Whether include and exclude leave a tensor to the merge."""
+    return _matches(name, recipe.include or ("*",)) and not _matches(name, recipe.exclude)
 
 
 def _by_policy(name: str, tensor: Tensor, policy: Table | Policy) -> str:
@@ -307,14 +295,18 @@ def decided_vectors(
     return "mean" if on_matrices and tasks > 1 and scale >= 0 else "rule"
 
 
-def decided_scale(scale: float | None, uses: Sequence[Applied]) -> tuple[float, tuple[str, ...]]:
-    """The scale to use, and what the user should know about it.
+def decided_scale(
+    scale: float | None, uses: Sequence[Applied], tasks: int
+) -> tuple[float, tuple[str, ...]]:
+    """The scale to use for so many tasks, and what the user should know about it.
 
     Raises MergeError where none is given, and the rule recommends none for its option `reduce`.
     """
     *purifiers, rule = uses
     if scale is not None:
         return float(scale), ()
+    if tasks == 1:
+        return 1.0, ("scale 1.0: one task goes in whole; recommended scales are for several",)
     if not rule.method.scale:
         return 1.0, (f"scale 1.0: {rule.name} has no recommended value, try several",)
     reduced = str(rule.options.get("reduce", "any"))

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from minipact.alignment import aligned
 from minipact.errors import MergeError, listing
 from minipact.merging import Merged
-from minipact.steps import Tasks, mismatches
+from minipact.steps import Tasks
 from minipact.tensors import State, add_update, meta_of, task_matrices
 
 
@@ -78,10 +79,9 @@ def task_vector(base: State, tuned: State) -> TaskVector:
     name -> difference for every floating-point tensor, in float32 (float64 where an input is). Raises
     MergeError where names or shapes of the two mappings differ, or a tensor holds NaN or infinity.
     """
-    if problems := mismatches(base, "tuned", tuned):
-        raise MergeError("\n".join(problems))
+    models = aligned(base, {"tuned": tuned}, lambda _, x: x.is_floating_point())
     names = [name for name in base if meta_of(base, name).is_floating_point()]
-    return TaskVector({name: task_matrices(name, base, {"tuned": tuned})[0] for name in names})
+    return TaskVector({name: task_matrices(name, base, models.tasks)[0] for name in names})
 
 
 def merged_delta(base: State, tasks: Tasks, **keywords: Any) -> TaskVector:

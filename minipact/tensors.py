@@ -98,6 +98,12 @@ def own_delta(task: State, name: str, base: State) -> Tensor | None:
     return delta
 
 
+def is_same(one: State, other: State, name: str) -> bool:
+    """Whether two models have the same tensor, of any type; unread where shapes tell."""
+    same_shape = meta_of(one, name).shape == meta_of(other, name).shape
+    return same_shape and torch.equal(one[name], other[name].to(meta_of(one, name).dtype))
+
+
 def is_unchanged(task: State, name: str, base: State) -> bool:
     """Whether a task has the base's numbers; where it knows its own difference, whether that is zero."""
     delta = own_delta(task, name, base)

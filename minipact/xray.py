@@ -1,12 +1,15 @@
-"""X-ray of fine-tuned checkpoints: what their weights alone say about merging them, in numbers and as a page.
+"""X-ray of fine-tuned checkpoints: measures of their weights alone, in numbers and as a page.
 
     report = xray(base, tasks)                     # measures, weight by weight; JSON-ready, keys below
     write_page(Path("r.html"), render(report))     # the same numbers as one HTML page, see xray_page.py
     minipact xray BASE TASK... -o report.html [--json]
 
+It measures and gives no advice: nothing here has been shown to tell which merge is best.
+
 Keys of the report. Shares lie in [0, 1]; lists follow the order of `tasks`; None stands for undefined.
 
-    tasks, settings, skipped [{name, why}], counts {matrices, vectors, copied}
+    tasks, settings, warnings [text], skipped [{name, why}], counts {matrices, vectors, copied}
+    summary {enrichment, cosine, sign_conflict, removed, shield} means over tasks or pairs
     per_task {name: {
         norm, norm_ratio     length of the task vector, and relative to the base's weights
         matrix_share         share of its squared length in the matrices measured
@@ -20,9 +23,9 @@ Keys of the report. Shares lie in [0, 1]; lists follow the order of `tasks`; Non
     layers [{name, shape [m, n], core K, task [T] k_t, energy [T], intrusion [T], core_chance, enrichment,
         shield [T] p_t, shield_chance, removed [T], sti, sti_ratio to random directions, sign_conflict,
         core_half, task_half [T] counts of directions that hold half of the energy}]
-    groups [{pattern, layers, enrichment, shield, removed, core_half, task_half, recommended}], one per kind
-    advice {core, task suggested shares of min(m, n), scope patterns, warnings}
-    summary {enrichment, cosine, sign_conflict, removed, shield} means over tasks or pairs
+    groups [{pattern, layers, enrichment, shield, removed, core_half, task_half}], one per kind of layer
+
+The command line adds base, given and entry: the paths of base and tasks as they were given, and --entry.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from operator import mul
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
@@ -57,11 +60,9 @@ from minipact.steps import Step, Tasks
 from minipact.tensors import Device, State, task_matrices
 from minipact.version import __version__
 
-WIDE, ENRICHED, ROOM = 0.8, 1.1, 1 / 8  # see `_advice`
-HALF_PRECISION = (
-    "The base is stored in half precision: small updates may carry its rounding, "
-    "which looks random."
-)
+SKETCH = 1 / 8  # share of min(m, n) that a sketch spans at least, so that `half` can be told
+HALF = (torch.float16, torch.bfloat16)
+ROUNDED = "The base is stored in half precision: small updates may carry its rounding, which looks random."
 Report = dict[str, Any]
 
 
@@ -80,7 +81,7 @@ def xray(
     seed: int = 0,
     progress: Progress = None,
 ) -> Report:
-    """Diagnose fine-tuned models against their base, from the weights alone.
+    """Measure fine-tuned models against their base, from the weights alone.
 
     Args:
         base, tasks, include, exclude, device, seed, progress: as in `merge`.
@@ -95,40 +96,35 @@ def xray(
             equals the base, or an option is out of range.
     """
     merged = Merged(base, tasks, include=include, exclude=exclude, device=device)
-    settings = {"core": core, "task": task, "tol": tol, "svd": svd, "seed": seed}
-    steps = [step for step in merged.steps.values() if step.kind != "copy"]
-    _check(settings, steps)
-
-    def look(name: str) -> _Look:
-        return _look(merged, merged.steps[name], settings)
-
+    kept = {name: list(getattr(merged.recipe, name)) for name in ("include", "exclude")}
+    settings = {"core": core, "task": task, "tol": tol, "svd": svd, "seed": seed, **kept}
+    steps = {step.name: step for step in merged.steps.values() if step.kind != "copy"}
+    _check(settings, steps.values())
     looks = []
-    for found in merged.map(look, {step.name for step in steps}):
+    for found in merged.map(lambda name: _look(merged, steps[name], settings), steps):
         looks.append(found)
         if progress is not None:
             progress(len(looks), len(steps), found.name)
     if all(found.layer is None for found in looks):
         raise MergeError("no matrix to look into: see include and exclude")
-    report = {
+    report: Report = _clean({
         "minipact": __version__,
         "tasks": list(merged.tasks),
         "settings": settings,
+        "warnings": [ROUNDED] if any(step.dtype in HALF for step in steps.values()) else [],
         "skipped": [{"name": found.name, "why": found.why} for found in looks if found.why],
         "counts": {
             "matrices": sum(found.layer is not None for found in looks),
-            "vectors": sum(step.kind == "vector" for step in steps),
+            "vectors": sum(step.kind == "vector" for step in steps.values()),
             "copied": len(merged.steps) - len(steps),
         },
         **_summed_up(list(merged.tasks), looks),
-    }
-    if any(step.dtype in (torch.float16, torch.bfloat16) for step in steps):
-        report["advice"]["warnings"].append(HALF_PRECISION)
-    clean: Report = _clean(report)
-    return clean
+    })  # fmt: skip
+    return report
 
 
-def _check(settings: Report, steps: Sequence[Step]) -> None:
-    """All that can be known before the long work."""
+def _check(settings: Report, steps: Collection[Step]) -> None:
+    """Raise MergeError for all that can be known before the long work."""
     sizes = [min(step.shape) for step in steps if step.kind.startswith("matrix")]
     if not sizes:
         raise MergeError("no matrix to look into: see include and exclude")
@@ -145,25 +141,17 @@ def _check(settings: Report, steps: Sequence[Step]) -> None:
 # ---- One weight ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What one tensor tells.
-
-    Attributes:
-        name: of the tensor.
-        pairs: [5, T, T] of `_pair_sums`.
-        base_energy: sum of squares of the base's entries.
-        why: reason to leave it out of the layers, "" for none.
-        layer: its entry in the report, None for vectors and what is left out.
-        tables: measures of pairs of tasks [T, T], and what chance gives for them.
-    """
+class _Look(NamedTuple):
+    """What one tensor tells."""
 
     name: str
-    pairs: Tensor
-    base_energy: float
-    why: str = ""
-    layer: Report | None = None
-    tables: dict[str, Tensor] | None = None
+    pairs: Tensor  # [5, T, T] of `_pair_sums`
+    base_energy: float  # sum of squares of the base's entries
+    why: str = ""  # reason to leave it out of the layers
+    layer: Report | None = None  # its entry in the report
+    tables: dict[str, Tensor] | None = (
+        None  # measures of pairs [T, T], and what chance gives for them
+    )
 
 
 def _look(merged: Merged, step: Step, settings: Report) -> _Look:
@@ -254,7 +242,7 @@ def _directions(x: Tensor, rank: Rank, svd: str, generator: RNG) -> _Directions:
         rank = min(rank, size)
     wanted = size
     if svd == "randomized":
-        wanted = max(direction_count(rank, size), int(ROOM * size), 1)
+        wanted = max(direction_count(rank, size), int(SKETCH * size), 1)
     u, s, v = leading_triples(x, wanted, svd, generator)
     k = min(len(s), direction_count(rank, size, s))
     below = s.square().cumsum(0) < x.double().square().sum() / 2
@@ -316,33 +304,25 @@ def _summed_up(names: Sequence[str], looks: Sequence[_Look]) -> Report:
         "cosine": pairs["cosine"]["mean"],
         "sign_conflict": pairs["sign_conflict"]["mean"],
     }
-    groups = _groups(layers)
-    return {
-        "summary": summary, "per_task": per_task, "pairs": pairs, "layers": layers, "groups": groups,
-        "advice": _advice(layers, groups, len(names), summary),
-    }  # fmt: skip
+    parts = {"summary": summary, "per_task": per_task, "pairs": pairs, "layers": layers}
+    return parts | {"groups": _groups(layers)}
 
 
 def _pairs(sums: Tensor, tables: Sequence[dict[str, Tensor]]) -> Report:
     """Measures of pairs of tasks: over all entries, or as the mean of all matrices."""
-
-    def average(key: str) -> Tensor:
-        return torch.stack([table[key] for table in tables]).nanmean(0)
-
+    average = {key: torch.stack([t[key] for t in tables]).nanmean(0) for key in tables[0]}
     norms = sums[0].diag().sqrt()
-    return {
-        "cosine": _pair_table(sums[0] / norms / norms[:, None], 0.0),
-        "sign_conflict": _pair_table(_conflicts(sums[1:3]), 0.5),
-        "sign_conflict_large": _pair_table(_conflicts(sums[3:5]), 0.5),
-        "wall_similarity": _pair_table(average("wall_similarity"), float(average("wall_chance"))),
-        "hidden_interference": _pair_table(
-            average("hidden_interference"), float(average("hidden_chance"))
-        ),
+    found = {
+        "cosine": (sums[0] / norms / norms[:, None], 0.0),
+        "sign_conflict": (_conflicts(sums[1:3]), 0.5),
+        "sign_conflict_large": (_conflicts(sums[3:5]), 0.5),
+        "wall_similarity": (average["wall_similarity"], float(average["wall_chance"])),
+        "hidden_interference": (average["hidden_interference"], float(average["hidden_chance"])),
     }
-
-
-def _pair_table(values: Tensor, chance: float) -> Report:
-    return {"values": values.tolist(), "mean": _off_diagonal_mean(values), "chance": chance}
+    return {
+        key: {"values": x.tolist(), "mean": _off_diagonal_mean(x), "chance": chance}
+        for key, (x, chance) in found.items()
+    }
 
 
 def _task(
@@ -351,8 +331,12 @@ def _task(
     """A task's row: its matrices together, each weighted by its energy there."""
     rows = [layer for layer in layers if layer["energy"][t]]
     weights = [row["energy"][t] for row in rows]
-    intrusion = _weighted_mean([row["intrusion"][t] for row in rows], weights)
-    chance = _weighted_mean([row["core_chance"] for row in rows], weights)
+
+    def average(values: Iterable[float]) -> float:
+        return _ratio(math.fsum(map(mul, weights, values)), math.fsum(weights))
+
+    intrusion = average(row["intrusion"][t] for row in rows)
+    chance = average(row["core_chance"] for row in rows)
     others = [i for i in range(len(hidden["values"])) if i != t]
     return {
         "norm": math.sqrt(energy),
@@ -361,10 +345,8 @@ def _task(
         "intrusion": intrusion,
         "core_chance": chance,
         "enrichment": intrusion / chance,
-        "removed": _weighted_mean([row["removed"][t] for row in rows], weights),
-        "shield_chance": _weighted_mean(
-            [row["shield"][t] / row["shape"][1] for row in rows], weights
-        ),
+        "removed": average(row["removed"][t] for row in rows),
+        "shield_chance": average(row["shield"][t] / row["shape"][1] for row in rows),
         "suffers": _mean(hidden["values"][i][t] for i in others),
         "inflicts": _mean(hidden["values"][t][i] for i in others),
         "half": median(_fraction(layer, layer["task_half"][t]) for layer in layers),
@@ -381,65 +363,15 @@ def _groups(layers: Sequence[Report]) -> list[Report]:
 
 
 def _group(pattern: str, rows: Sequence[Report]) -> Report:
-    shield = max(_widest(row) for row in rows)
-    enrichment = _mean(row["enrichment"] for row in rows)
     return {
         "pattern": pattern,
         "layers": len(rows),
-        "enrichment": enrichment,
-        "shield": shield,
+        "enrichment": _mean(row["enrichment"] for row in rows),
+        "shield": max(max(row["shield"]) / row["shape"][1] for row in rows),
         "removed": _mean(x for row in rows for x in row["removed"]),
         "core_half": median(_fraction(row, row["core_half"]) for row in rows),
         "task_half": median(_fraction(row, x) for row in rows for x in row["task_half"]),
-        "recommended": enrichment >= ENRICHED and shield <= WIDE,
     }
-
-
-def _advice(
-    layers: Sequence[Report], groups: Sequence[Report], tasks: int, summary: Report
-) -> Report:
-    """Suggested ranks and scope: a rule of thumb of ours from the weights alone, not from any paper.
-
-    A shield spans at most K + (T - 1) k of n directions; the suggestion keeps that within ROOM of the
-    width, one half for the core and one for the other tasks' updates, and takes neither beyond the median
-    share of directions that hold half of the energy. A kind of layer is recommended where task vectors
-    use the core ENRICHED times as much as chance, and no shield fills more than WIDE of the width.
-    """
-    core = median(_fraction(row, row["core_half"]) for row in layers)
-    task = median(_fraction(row, x) for row in layers for x in row["task_half"])
-    return {
-        "core": _floor(min(ROOM / 2, core)),
-        "task": _floor(min(ROOM / 2 / max(1, tasks - 1), task)),
-        "scope": [group["pattern"] for group in groups if group["recommended"]],
-        "warnings": _warnings(layers, tasks, summary),
-    }
-
-
-def _warnings(layers: Sequence[Report], tasks: int, summary: Report) -> list[str]:
-    found = []
-    bare = sum((tasks - 1) * row["core"] >= row["shape"][1] for row in layers)
-    if bare:
-        found.append(
-            f"In {bare} of {len(layers)} matrices (T - 1) K reaches the width n: a shield built by plain "
-            "QR, without a test of rank, would remove the whole task vector there."
-        )
-    wide = sum(_widest(row) > WIDE for row in layers)
-    if wide:
-        found.append(
-            f"In {wide} of {len(layers)} matrices a shield fills more than {WIDE:.0%} of the width: PACT "
-            "would remove nearly everything. Take smaller ranks, a larger tolerance, or a scope."
-        )
-    if summary["removed"] > 0.5:
-        found.append(
-            "At the ranks measured, PACT would remove more than half of the task vectors' energy, their "
-            "own knowledge included: try smaller ranks too."
-        )
-    if summary["enrichment"] < ENRICHED:
-        found.append(
-            "Task vectors use the core hardly more than chance: try the plain rules first, PACT may "
-            "change little."
-        )
-    return found
 
 
 # ---- Numbers -------------------------------------------------------------------------------------
@@ -449,20 +381,9 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-def _widest(layer: Report) -> float:
-    """Share of the width that the widest shield of a matrix fills."""
-    share: float = max(layer["shield"]) / layer["shape"][1]
-    return share
-
-
 def _fraction(layer: Report, count: int | None) -> float:
     """A count of directions as a share of min(m, n); infinite where a sketch ended before."""
     return math.inf if count is None else count / min(layer["shape"])
-
-
-def _floor(share: float) -> float:
-    """Rounded down to three digits, at least 0.001."""
-    return max(1, int(share * 1000 + 1e-9)) / 1000
 
 
 def _off_diagonal_mean(x: Tensor) -> float:
@@ -472,11 +393,6 @@ def _off_diagonal_mean(x: Tensor) -> float:
 def _mean(values: Iterable[float]) -> float:
     known = [x for x in values if not math.isnan(x)]
     return mean(known) if known else math.nan
-
-
-def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    products = [weight * value for weight, value in zip(weights, values, strict=True)]
-    return _ratio(math.fsum(products), math.fsum(weights))
 
 
 def _clean(value: Any) -> Any:

@@ -19,7 +19,7 @@ from helpers import same, single
 from minipact import checkpoints
 from minipact.checkpoints import open_checkpoint, sha256
 from minipact.errors import CheckpointError
-from minipact.output import Output, check_output, copy_side_files, parse_size, save_checkpoint
+from minipact.output import Output, check_output, parse_size, save_checkpoint
 
 
 @pytest.fixture
@@ -111,26 +111,6 @@ def test_views_and_many_metadata(tmp_path: Path):
     read = open_checkpoint(tmp_path / "0.safetensors")
     assert read.metadata == {"format": "pt", **texts}
     assert torch.equal(read["t"], views["t"])
-
-
-def test_side_files(tmp_path: Path):
-    source, out = tmp_path / "model", tmp_path / "out"
-    source.mkdir()
-    out.mkdir()
-    for name in (
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "secret.py",
-        "a.safetensors",
-    ):
-        (source / name).write_text("{}")
-    assert copy_side_files(source, out) == [
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
-    assert copy_side_files(source / "config.json", out) == []
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,15 @@ def test_summary_and_json(files: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_dry_run_writes_nothing(files: Path, capsys: pytest.CaptureFixture[str]):
     before = sorted(files.iterdir())
-    assert run(files, "-o", str(files / "out"), "--purify", "pact", "--dry-run") == 0
+    plan = ["-o", str(files / "out"), "--purify", "pact", "--dry-run"]
+    assert run(files, *plan, "--verbose") == 0
     assert "visual.proj  [32, 16]  matrix_T: pact > task_arithmetic" in capsys.readouterr().out
+    assert run(files, *plan) == 0
+    told = capsys.readouterr().out
+    assert "visual.proj" not in told
+    assert "2 tensors: pact > task_arithmetic" in told
+    assert "the output would take 0.0 MB (the base has 0.0)" in told
+    assert "up to about 0.1 MB of memory" in told
     assert sorted(files.iterdir()) == before
 
 

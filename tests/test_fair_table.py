@@ -266,9 +266,33 @@ def test_a_rule_alone_takes_the_vectors_that_validation_prefers(tmp_path: Path):
     assert verdicts.mean_alone(["zoo0"], "ties", tmp_path) == 100 * verdicts.accuracy(b)
     assert verdicts.gains(["zoo0"], "ties", "pact", tmp_path) == verdicts.gain([c], [b])
     assert verdicts.gains(["zoo0"], "ties", "sift", tmp_path) is None
-    line = verdicts.markdown(["zoo0"], tmp_path).splitlines()[2]
+    header, _, line = verdicts.markdown(["zoo0"], tmp_path).splitlines()
     found = verdicts.gain([c], [b])
-    assert (
-        line
-        == f"| ties | {100 * verdicts.accuracy(b):.1f} | {found.points:+.1f} ± {found.examples:.1f} |"
-    )
+    cell = f"{found.points:+.1f} ± {found.examples:.1f}"
+    assert header == "| rule | alone | PACT |"
+    assert line == f"| TIES | {100 * verdicts.accuracy(b):.1f} | {cell} |"
+
+
+def test_gains_that_both_intervals_hold_above_zero_are_bold(tmp_path: Path):
+    tasks = [f"task{i}" for i in range(8)]
+    low = {t: np.arange(verdicts.TESTS) < 200 for t in tasks}
+    high = {t: np.arange(verdicts.TESTS) < 250 + i for i, t in enumerate(tasks)}
+    mixed = {t: np.arange(verdicts.TESTS) < (300 if i else 1) for i, t in enumerate(tasks)}
+    for behind, bold in ((high, True), (mixed, False)):
+        rows = [recorded([], "mean", 0.7, low), recorded(["pact"], "mean", 0.75, behind)]
+        fair_table.write(tmp_path / "zoo0.jsonl", rows)
+        line = verdicts.markdown(["zoo0"], tmp_path).splitlines()[2]
+        assert ("**" in line) == bold
+
+
+def test_two_filters_are_compared_over_the_same_examples(tmp_path: Path):
+    a, b, c = ({"x": rng_booleans(s), "y": rng_booleans(s + 1)} for s in (0, 5, 9))
+    rows = [
+        recorded([], "mean", 0.7, a),
+        recorded(["sift"], "mean", 0.7, b),
+        recorded(["pact"], "mean", 0.7, c),
+    ]
+    fair_table.write(tmp_path / "zoo0.jsonl", rows)
+    found = verdicts.contrast(["zoo0"], "ties", "pact", "sift", tmp_path)
+    assert found == verdicts.gain([c], [b])
+    assert verdicts.contrast(["zoo0"], "ties", "pact", "wiener", tmp_path) is None

@@ -45,6 +45,9 @@ CHANGES = {
     "include": "*.weight",
     "exclude": "*.weight",
     "policy": {"*": "vector"},
+    "missing": "base",
+    "rename": {"model.": ""},
+    "vocabulary": "union",
     "dtype": "float16",
     "seed": 1,
 }
@@ -68,11 +71,12 @@ def test_recipes_survive_json(recipe: mp.Recipe):
 def test_the_digest_is_stable():
     recipe = mp.Recipe("tsv_m", ["pact"], {"pact": {"core": 38}}, 0.8, exclude="*.bias")
     assert recipe.to_json() == (
-        '{"dtype": null, "exclude": ["*.bias"], "include": [], "options": {"pact": {"core": 38}}, '
-        '"policy": [], "purify": ["pact"], "rule": "tsv_m", "scale": 0.8, "seed": 0, '
-        '"vectors": "auto", "weights": null}'
+        '{"dtype": null, "exclude": ["*.bias"], "include": [], "missing": "error", '
+        '"options": {"pact": {"core": 38}}, "policy": [], "purify": ["pact"], "rename": [], '
+        '"rule": "tsv_m", "scale": 0.8, "seed": 0, '
+        '"vectors": "auto", "vocabulary": "same", "weights": null}'
     )
-    assert recipe.digest == "9f36f5516a42025098c3626ed91014a390ef69768a1f53802401ea3635b1b5eb"
+    assert recipe.digest == "c8d231371629732d73452efdea99a4883b17efa74e367749479bf965ef2ca059"
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -228,6 +232,9 @@ def test_the_recipe_of_a_merge_is_effective():
         "include": [],
         "exclude": ["*.conv1.*"],
         "policy": [["*.proj", "vector"]],
+        "missing": "error",
+        "rename": [],
+        "vocabulary": "same",
         "dtype": None,
         "seed": 0,
     }  # fmt: skip

@@ -2,8 +2,14 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -11,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import minipact as mp
-from helpers import normal
+from helpers import ROOT, contents, normal
 from minipact.__main__ import main
 from minipact.xray import xray
-from minipact.xray_page import _luminance, _n, _ramp, _Scale, render
+from minipact.xray_page import merge_command, number, render, scale_of
 
 HOSTILE = '<img src=x onerror="alert(1)">&\'name'
 VOID = {"meta", "rect", "path", "wbr", "br", "img"}
@@ -163,32 +169,6 @@ def test_randomized_is_close_and_repeats():
         assert fast["layers"][0][key] == pytest.approx(exact["layers"][0][key], abs=0.01)
 
 
-def test_suggestions_keep_an_eighth_of_the_width():
-    report = one(noise(0, 200, 200), *(noise(i, 200, 200) for i in range(1, 6)), core=60, task=10)
-    advice = report["advice"]
-    assert (advice["core"], advice["task"]) == (
-        0.062,
-        0.015,
-    )  # 1/16, and 1/16 over four other tasks
-    assert advice["scope"] == []  # the core is used as by chance
-    text = " ".join(advice["warnings"])
-    assert "In 1 of 1 matrices (T - 1) K reaches the width" in text
-    assert "hardly more than chance" in text
-    assert "more than 80%" not in text
-    sharp = one(W0 + 90 * unit(6, 0, 0), unit(6, 3, 0), unit(6, 1, 0), core=1, task=1)
-    assert sharp["advice"]["scope"] == ["w"]
-    crowded = one(noise(0, 20, 20), *(noise(i, 20, 20) for i in range(1, 5)), core=6, task=5)
-    assert "In 1 of 1 matrices a shield fills more than 80%" in " ".join(
-        crowded["advice"]["warnings"]
-    )
-    wide = one(
-        torch.diag(torch.arange(20, 0, -1.0)), unit(20, 3, 0), unit(20, 1, 0), core=18, task=1
-    )
-    assert wide["groups"][0]["enrichment"] == pytest.approx(20 / 18)
-    assert wide["groups"][0]["shield"] == pytest.approx(17 / 20)
-    assert not wide["groups"][0]["recommended"]
-
-
 def test_layers_of_one_kind_share_a_glob():
     base, tasks = models()
     groups = {g["pattern"]: g["layers"] for g in xray(base, tasks)["groups"]}
@@ -215,9 +195,39 @@ def test_undefined_numbers_are_none_and_odd_matrices_left_out():
 
 def test_half_precision_is_told():
     base, tasks = models()
-    assert not any("half precision" in text for text in xray(base, tasks)["advice"]["warnings"])
+    assert xray(base, tasks)["warnings"] == []
     base["a.0.w"] = base["a.0.w"].bfloat16()
-    assert "half precision" in xray(base, tasks)["advice"]["warnings"][-1]
+    report = xray(base, tasks)
+    assert [text.startswith("The base is stored in half") for text in report["warnings"]] == [True]
+    assert report["warnings"][0] in render(report)
+
+
+ADVICE = re.compile(r"advi[cs]e|recommend|suggest|\btry\b|should|--purify|--rule|--set")
+
+
+def words_of(value: object) -> list[str]:
+    """Keys and texts of a report."""
+    if isinstance(value, dict):
+        return [*value, *(word for x in value.values() for word in words_of(x))]
+    if isinstance(value, list):
+        return [word for x in value for word in words_of(x)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_there_is_no_advice():
+    crowded = [noise(0, 20, 20), *(noise(i, 20, 20) for i in range(1, 5))]
+    core = [W0, unit(6, 3, 0), unit(6, 1, 0)]
+    for matrices, rank in ((crowded, {"core": 6, "task": 5}), (core, {"core": 1, "task": 1})):
+        report = one(*matrices, **rank) | {"base": "base", "given": ["a", "b"], "entry": None}
+        told = [*words_of(report), render(report)]
+        assert not [found for text in told for found in ADVICE.findall(text)]
+
+
+def test_half_of_a_random_square_matrix_is_as_the_page_says():
+    report = one(noise(0, 200, 200), noise(1, 200, 200), noise(2, 200, 200))
+    assert report["groups"][0]["core_half"] == pytest.approx(0.18, abs=0.01)
+    assert report["per_task"]["t0"]["half"] == pytest.approx(0.18, abs=0.01)
+    assert "18 % in a random square matrix" in " ".join(render(report).split())
 
 
 def test_one_task_alone():
@@ -263,7 +273,7 @@ def test_inputs_stay_as_they_are():
 
 
 class Page(HTMLParser):
-    """Checks that tags close in order; collects ids of tags, attributes, and table cells by label."""
+    """Checks that tags close in order; collects tags, attributes, table cells by label, the command."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -271,7 +281,7 @@ class Page(HTMLParser):
         self.tags: set[str] = set()
         self.attributes: list[tuple[str, str | None]] = []
         self.tables: dict[str, list[list[str]]] = {}
-        self.label = ""
+        self.label = self.command = ""
         self.feed(text)
         self.close()
         assert not self.open
@@ -299,6 +309,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if {"td", "th"} & set(self.open):
             self.tables[self.label][-1][-1] += data
+        if "pre" in self.open:
+            self.command += data
 
 
 def test_page_is_whole_and_needs_nothing_else():
@@ -323,79 +335,121 @@ def test_page_tells_the_numbers_of_the_report():
     tables = Page(render(report)).tables
     row = report["per_task"]["task1"]
     assert tables["Task by task"][2][:4] == [
-        "task1", *(_n(row[key]) for key in ("norm_ratio", "matrix_share", "intrusion"))
+        "task1", *(number(row[key]) for key in ("norm_ratio", "matrix_share", "intrusion"))
     ]  # fmt: skip
     cosine = report["pairs"]["cosine"]["values"]
     cells = tables["Do task vectors point the same way?"]
     assert [line[1:] for line in cells[1:]] == [
-        ["·" if i == j else _n(cosine[i][j], 2, 1) for j in range(3)] for i in range(3)
+        ["·" if i == j else number(cosine[i][j], 2, 1) for j in range(3)] for i in range(3)
     ]
     hidden = report["pairs"]["hidden_interference"]["values"]
     cells = tables["Who runs over whose walls?"]
-    assert [cells[1][2], cells[2][1]] == [_n(hidden[0][1]), _n(hidden[1][0])]
+    assert [cells[1][2], cells[2][1]] == [number(hidden[0][1]), number(hidden[1][0])]
     assert cells[1][2] != cells[2][1]
     core = tables["Share in the core"][1:]
     assert [line[0] for line in core] == [layer["name"] for layer in report["layers"]]
     assert [line[1:4] for line in core] == [
-        [_n(x) for x in y["intrusion"]] for y in report["layers"]
+        [number(x) for x in y["intrusion"]] for y in report["layers"]
     ]
     ranked = [float(line[1]) for line in tables["Matrices by intrusion"][1:]]
     assert ranked == sorted(ranked, reverse=True)
 
 
-def test_first_experiment_follows_the_scope():
-    core, outside = unit(6, 3, 0), unit(6, 3, 5)
-    settings = {"core": 1, "task": 1}
-    everywhere = render(one(W0, core, unit(6, 1, 0), **settings))
-    assert "--purify pact" in everywhere
-    assert "no scope is needed" in everywhere
-    nowhere = render(one(W0, outside, unit(6, 1, 5), **settings))
-    assert "--purify" not in nowhere
-    assert "nowhere at the ranks measured" in nowhere
-    base = {"in": W0, "out": W0}
-    pairs = ((core, outside), (unit(6, 1, 0), unit(6, 1, 5)))
-    tasks = [{"in": W0 + a, "out": W0 + b} for a, b in pairs]
-    some = render(xray(base, tasks, **settings))
-    assert "<ul><li><code>in</code></li></ul><p>Give these as PACT's option scope" in some
-
-
 def test_colours_span_a_least_range_and_mark_chance():
-    wide = _Scale([0.2, None, 0.8], 0.5, 0.05, _n)
-    assert [wide.cell(x, "t") for x in (0.2, 0.5, 0.8)] == [
-        f'<td class="h{i}">t</td>' for i in (0, 12, 24)
-    ]
-    assert wide.cell(None, "t") == "<td>t</td>"
-    assert "Colours from 20.0, dark blue, to 80.0, yellow; chance is 50.0" in wide.legend()
-    assert 'd="M50.0 9l' in wide.legend()
-    narrow = _Scale([0.5, 0.501], 0.5, 0.05, _n)
-    assert narrow.cell(0.501, "t") == '<td class="h0">t</td>'
-    assert "to 55.0, yellow" in narrow.legend()
+    wide = scale_of([0.2, None, 0.8], 0.5, 0.05)
+    assert [wide.cell(x, "t") for x in (0.2, 0.5, 0.8)] == [("t", 0), ("t", 12), ("t", 24)]
+    assert wide.cell(None, "t") == ("t", None)
+    ends = {"low": "20.0", "high": "80.0", "chance": "50.0", "place": "50.0"}
+    assert wide.legend(number) == ends
+    narrow = scale_of([0.5, 0.501], 0.5, 0.05)
+    assert narrow.cell(0.501, "t") == ("t", 0)
+    assert narrow.legend(number)["high"] == "55.0"
+
+
+def test_cells_are_coloured_and_chance_is_marked():
+    report = xray(*models())
+    text = render(report)
+    pair = report["pairs"]["hidden_interference"]
+    others = [pair["values"][i][j] for i in range(3) for j in range(3) if i != j]
+    scale = scale_of(others, pair["chance"], 0.05)
+    shown, level = scale.cell(others[0], number(others[0]))
+    assert f'<td class="h{level}">{shown}</td>' in text
+    legend = scale.legend(number)
+    told = "Colours from {low}, dark blue, to {high}, yellow; chance is {chance}".format(**legend)
+    assert told in text
+    assert f'd="M{legend["place"]} 9l' in text
 
 
 def test_hostile_names_stay_text():
     base, tasks = models()
     base = {HOSTILE if name == "a.0.w" else name: x for name, x in base.items()}
+    base["<i>zero</i>"] = torch.zeros(4, 4)
     tasks = {
         f"{t}{HOSTILE}": {HOSTILE if name == "a.0.w" else name: x for name, x in task.items()}
+        | {"<i>zero</i>": torch.ones(4, 4)}
         for t, task in tasks.items()
     }
-    page = Page(render(xray(base, tasks) | {"base": f"{HOSTILE}.safetensors"}))
-    assert "img" not in page.tags
+    report = xray(base, tasks, exclude=["visual.proj", "<i>*"], include=["*"])
+    report |= {
+        "base": f"{HOSTILE}.safetensors", "given": [f"{HOSTILE}{t}" for t in tasks],
+        "entry": HOSTILE, "warnings": [HOSTILE],
+    }  # fmt: skip
+    text = render(report)
+    page = Page(text)
+    assert not page.tags & {"img", "i"}
     assert not any(name.startswith("on") for name, _ in page.attributes)
     assert page.tables["Share in the core"][1][0] == HOSTILE
     assert page.tables["Task by task"][1][0] == f"task0{HOSTILE}"
+    assert page.command == merge_command(report)
+    assert "&lt;i&gt;*" in text
+    skipped = render(xray(base, tasks))
+    assert not Page(skipped).tags & {"img", "i"}
+    assert "&lt;i&gt;zero&lt;/i&gt;</code>: it is zero in the base" in skipped
 
 
 def test_numbers_as_text():
-    assert [_n(x) for x in (None, 0.1234, -0.5, -0.0001)] == ["–", "12.3", "−50.0", "0.0"]
-    assert _n(-0.004, 2, 1) == "0.00"
+    assert [number(x) for x in (None, 0.1234, -0.5, -0.0001)] == ["–", "12.3", "−50.0", "0.0"]
+    assert number(-0.004, 2, 1) == "0.00"
+
+
+def luminance(color: str) -> float:
+    """Relative luminance as WCAG defines it."""
+    parts = [int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    r, g, b = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
 
 def test_ink_on_every_colour_can_be_read():
-    for rule in _ramp().splitlines():
-        paper, ink = rule.split("#")[1][:6], rule.split("color:#")[1][:3]
-        low, high = sorted([_luminance(paper), _luminance(ink * 2)])
-        assert (high + 0.05) / (low + 0.05) > 4.5, rule
+    form = r"\.h(\d+)\{background:#(\w{6});fill:#\2;color:#(\w{3})\}"
+    rules = re.findall(form, render(xray(*models())))
+    assert [int(level) for level, _, _ in rules] == list(range(25))
+    lightness = [luminance(paper) for _, paper, _ in rules]
+    assert lightness == sorted(lightness)
+    for _, paper, ink in rules:
+        low, high = sorted([luminance(paper), luminance(ink * 2)])
+        assert (high + 0.05) / (low + 0.05) > 4.5, paper
+
+
+@pytest.mark.slow
+def test_the_template_is_in_a_wheel(tmp_path: Path):
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copytree(ROOT / "minipact", source / "minipact", ignore=shutil.ignore_patterns("__py*"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-index", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*pip, "-w", str(tmp_path), str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    site = tmp_path / "site"
+    ZipFile(next(tmp_path.glob("*.whl"))).extractall(site)
+    look = "from importlib.resources import files; print(files('minipact') / 'xray.html.j2')"
+    done = subprocess.run(
+        [sys.executable, "-c", look], env={**os.environ, "PYTHONPATH": str(site)}, cwd=tmp_path,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    found = Path(done.stdout.strip())
+    assert found.is_relative_to(site), done.stderr
+    assert found.read_bytes() == (ROOT / "minipact" / "xray.html.j2").read_bytes()
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -428,6 +482,53 @@ def test_page_and_json_hold_the_same_numbers(files: Path, capsys: pytest.Capture
     assert run(files, "--json") == 0
     assert json.loads(capsys.readouterr().out)["settings"]["core"] == 0.05
     assert sorted(p.name for p in files.glob("report*")) == ["report.html"]
+
+
+def test_the_command_on_the_page_merges(files: Path, monkeypatch: pytest.MonkeyPatch):
+    odd = files / "a & 'b' <c> \"d\""
+    odd.mkdir()
+    for name in ("base", "task0", "task1", "task2"):
+        (files / f"{name}.safetensors").rename(odd / f"{name}.safetensors")
+    os.rename(odd / "task2.safetensors", files / "-x=2.safetensors")
+    monkeypatch.chdir(files)
+    given = [f"{odd.name}/task0.safetensors", f"my task={odd.name}/task1.safetensors"]
+    options = ["-o", "report.html", "--exclude", "visual.*"]
+    base = f"{odd.name}/base.safetensors"
+    assert main(["xray", *options, "--", base, *given, "-x=2.safetensors"]) == 0
+    words = shlex.split(Page(Path("report.html").read_text(encoding="utf-8")).command)
+    assert words[:2] == ["minipact", "merge"]
+    assert words[-4:] == [base, *given, "-x=2.safetensors"]
+    assert main(words[1:]) == 0
+    plain = [
+        "merge",
+        "--exclude",
+        "visual.*",
+        "-o",
+        "again",
+        "--",
+        base,
+        *given,
+        "-x=2.safetensors",
+    ]
+    assert main(plain) == 0
+    model = "model.safetensors"
+    assert contents(files / "merged")[model] == contents(files / "again")[model]
+
+
+def test_the_command_names_the_entry(files: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(files)
+    _, tasks = models()
+    torch.save({"model": tasks["task0"], "ema": tasks["task1"]}, "a.pt")
+    assert main(["xray", "base.safetensors", "a.pt", "-o", "x.html", "--entry", "ema"]) == 0
+    words = shlex.split(Page(Path("x.html").read_text(encoding="utf-8")).command)
+    assert words[1:] == ["merge", "-o", "merged", "--entry=ema", "base.safetensors", "a.pt"]
+    assert main(words[1:]) == 0
+
+
+def test_a_report_without_files_shows_no_command():
+    report = xray(*models())
+    assert merge_command(report) is None
+    assert "<pre>" not in render(report)
 
 
 def test_summary_quiet_and_overwrite(files: Path, capsys: pytest.CaptureFixture[str]):

@@ -198,3 +198,17 @@ def test_training_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
     sums = [(tmp_path / name / "SHA256SUMS").read_text() for name in ("straight", "halting")]
     assert sums[0] == sums[1]
     assert not (tmp_path / "halting" / ".work").exists()
+
+
+@pytest.mark.slow
+def test_the_packed_zoo_is_as_accurate_as_the_full_one():
+    """`unpacked` holds what the full weights of the same training reached."""
+    zoo = zoo_io.load_zoo(ROOT / "data" / "zoo1")
+    assert list(zoo.tasks) == list(zoo_tasks.TASKS)
+    rows = zoo.info["tasks"]
+    loss = np.mean([zoo.info["unpacked"][task] - row["finetuned"] for task, row in rows.items()])
+    assert abs(loss) < 0.002
+    judge = zoo_io.Judge(zoo.info["model"], zoo.heads)
+    for task in ("digits", "scenes"):
+        found = judge.accuracies(zoo.tasks[task], "test", [task])[task]
+        assert found == pytest.approx(rows[task]["finetuned"], abs=0.006)

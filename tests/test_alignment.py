@@ -1,0 +1,273 @@
+"""Tensors that belong together: what is not merged stops no merge, and what a model lacks is settled."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+import minipact as mp
+from helpers import close, normal
+from minipact.alignment import View, is_buffer
+
+NAMES = ("layers.0.weight", "layers.1.weight", "norm.weight")
+
+
+def model(seed: int, *, prefix: str = "", **others: Tensor) -> dict[str, Tensor]:
+    """A small model; other tensors are given with two underscores for a dot."""
+    shapes = {"norm.weight": (4,)}
+    tensors = {
+        f"{prefix}{name}": normal(*shapes.get(name, (4, 4)), seed=seed + i).float()
+        for i, name in enumerate(NAMES)
+    }
+    return tensors | {name.replace("__", "."): x for name, x in others.items()}
+
+
+BASE, ONE, TWO = model(0), model(10), model(20)
+SUM = {"rule": "task_arithmetic", "scale": 1.0}
+
+
+def merged(base: Mapping, tasks: Mapping, **keywords: object) -> dict[str, Tensor]:
+    return mp.merge(base, tasks, **(SUM | keywords))
+
+
+def added(base: Tensor, *tuned: Tensor) -> Tensor:
+    """The plain sum of task vectors on their base."""
+    return base + sum(x - base for x in tuned)
+
+
+# ---- What is not merged --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{"exclude": "head.*"}, {"include": ["layers.*", "norm.*"]}])
+@pytest.mark.parametrize("theirs", [torch.ones(5, 4), torch.ones(4, 4).long(), None])
+def test_what_is_left_out_may_be_anything(how: dict, theirs: Tensor | None):
+    base = model(0, head__weight=torch.zeros(3, 4))
+    tasks = {"one": model(10) if theirs is None else model(10, head__weight=theirs), "two": TWO}
+    found = merged(base, tasks, **how)
+    assert torch.equal(found["head.weight"], base["head.weight"])
+    for name in NAMES:
+        assert close(found[name], added(BASE[name], ONE[name], TWO[name]))
+    assert list(found) == list(base)
+
+
+def test_what_is_left_out_may_be_missing_from_the_base():
+    found = merged(BASE, {"one": model(10, head__weight=torch.ones(3))}, exclude="head.*")
+    assert list(found) == list(BASE)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("embeddings.position_ids", torch.arange(77)[None]),
+        ("embeddings.position_ids", torch.arange(77)[None].half()),
+        ("rotary_emb.inv_freq", torch.ones(8)),
+        ("bn.num_batches_tracked", torch.tensor(3)),
+        ("h.0.attn.bias", torch.ones(1, 1, 4, 4).bool()),
+        ("h.0.attn.masked_bias", torch.tensor(-1e4)),
+        ("layer._extra_state", torch.arange(5).byte()),
+        ("steps", torch.tensor([7])),
+        ("freqs_cis", torch.ones(3, dtype=torch.complex64)),
+        ("phases", torch.ones(3, dtype=torch.complex64)),
+    ],
+)
+def test_buffers_never_stop_a_merge(name: str, tensor: Tensor):
+    other = torch.zeros(*tensor.shape, 2).to(torch.int32)
+    for base, task in (
+        (BASE | {name: tensor}, ONE),
+        (BASE, ONE | {name: tensor}),
+        (
+            BASE | {name: tensor},
+            ONE | {name: tensor + 1 if tensor.dtype != torch.bool else ~tensor},
+        ),
+        (BASE | {name: tensor}, ONE | {name: other}),
+    ):
+        found = merged(base, {"one": task})
+        assert list(found) == list(base)
+        assert name not in base or torch.equal(found[name], tensor)
+        assert close(found["norm.weight"], ONE["norm.weight"])
+
+
+def test_true_biases_are_no_buffers():
+    assert not is_buffer("attention.bias", torch.ones(4))
+    assert not is_buffer("my_position_ids_proj.weight", torch.ones(4))
+    assert is_buffer("position_ids", torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_whole_numbers_that_differ_are_refused_by_name(dtype: torch.dtype):
+    packed = torch.tensor([[0, 1], [1, 0]]).to(dtype)
+    base, same = BASE | {"l.qweight": packed}, ONE | {"l.qweight": packed.clone()}
+    assert torch.equal(merged(base, {"one": same})["l.qweight"], packed)
+    for other in (ONE | {"l.qweight": packed.flip(0)}, ONE | {"l.qweight": packed[:1]}):
+        with pytest.raises(mp.MergeError, match=r"'l.qweight' of task 'two' .*unpack"):
+            merged(base, {"one": same, "two": other})
+        found = merged(base, {"one": same, "two": other}, exclude="*.qweight")
+        assert torch.equal(found["l.qweight"], packed)
+
+
+def test_a_scalar_is_a_scalar():
+    base, task = BASE | {"scale": torch.tensor(1.0)}, ONE | {"scale": torch.tensor([3.0])}
+    found = merged(base, {"one": task})["scale"]
+    assert found.shape == ()
+    assert float(found) == 3.0
+    found = merged(task, {"one": base})["scale"]
+    assert found.shape == (1,)
+    assert float(found) == 1.0
+
+
+# ---- What a model lacks --------------------------------------------------------------------------
+
+
+def without(state: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: x for name, x in state.items() if name not in names}
+
+
+def test_a_missing_tensor_is_refused_with_the_way_on():
+    with pytest.raises(mp.MergeError, match=r"'one' lacks 'norm.weight': --missing base") as error:
+        merged(BASE, {"one": without(ONE, "norm.weight"), "two": TWO})
+    assert "right base" not in str(error.value)
+    assert "tuned from" not in str(error.value)
+    with pytest.raises(mp.MergeError, match=r"'two' has 'head', unknown to the base: --missing"):
+        merged(BASE, {"one": ONE, "two": TWO | {"head": torch.ones(3)}})
+    with pytest.raises(mp.MergeError, match="lacks all .* is it tuned from this base"):
+        merged(BASE, {"one": {"a": torch.ones(3)}})
+
+
+def test_missing_base_counts_as_unchanged():
+    tasks = {"one": without(ONE, "norm.weight"), "two": TWO | {"head": torch.ones(3)}}
+    lazy = mp.Merged(BASE, tasks, missing="base", **SUM)
+    assert list(lazy) == list(BASE)
+    assert torch.allclose(lazy["norm.weight"], TWO["norm.weight"], atol=1e-6)
+    assert close(lazy["layers.0.weight"], added(*(m["layers.0.weight"] for m in (BASE, ONE, TWO))))
+    notes = " ".join(lazy.notes)
+    assert "'one' lacks 'norm.weight'" in notes
+    assert "'head' left out" in notes
+
+
+def test_missing_present_counts_the_holders():
+    tasks = {"one": without(ONE, "norm.weight"), "two": TWO}
+    mean = {"options": {"task_arithmetic": {"reduce": "mean"}}, "missing": "present"}
+    found = merged(BASE, tasks, **mean)
+    assert close(found["norm.weight"], TWO["norm.weight"])
+    name = "layers.0.weight"
+    assert close(found[name], (ONE[name] + TWO[name]) / 2)
+    spectral = mp.merge(BASE, tasks, rule="tsv_m", missing="present", vectors="rule", scale=1.0)
+    alone = mp.merge(BASE, {"two": TWO}, rule="tsv_m", vectors="rule", scale=1.0)
+    assert close(spectral["norm.weight"], alone["norm.weight"])
+    weighed = merged(BASE, tasks, missing="present", weights={"one": 5.0, "two": 0.5})
+    half = BASE["norm.weight"] + 0.5 * (TWO["norm.weight"] - BASE["norm.weight"])
+    assert close(weighed["norm.weight"], half)
+
+
+def test_missing_present_takes_over_what_all_holders_share():
+    head = normal(3, 4, seed=9).float()
+    tasks = {"one": ONE | {"head": head}, "two": TWO | {"head": head.clone()}, "three": model(30)}
+    lazy = mp.Merged(BASE, tasks, missing="present", **SUM)
+    assert list(lazy) == [*BASE, "head"]
+    assert torch.equal(lazy["head"], head)
+    assert "'head' taken over" in " ".join(lazy.notes)
+    tasks["two"]["head"] = head + 1
+    with pytest.raises(mp.MergeError, match="'head' of task 'two' and of task 'one' differ"):
+        merged(BASE, tasks, missing="present")
+
+
+def test_a_tensor_that_no_task_holds_is_the_bases():
+    tasks = {"one": without(ONE, "norm.weight"), "two": without(TWO, "norm.weight")}
+    lazy = mp.Merged(BASE, tasks, missing="present", **SUM)
+    assert torch.equal(lazy["norm.weight"], BASE["norm.weight"])
+    assert "'norm.weight' kept" in " ".join(lazy.notes)
+
+
+def test_a_method_that_looks_at_all_tasks_refuses_a_part():
+    seen = mp.Method(
+        "looks", "rule", lambda D, level: D.sum(0), "test", acts_on="tensor", survey=survey
+    )
+    tasks = {"one": without(ONE, "norm.weight"), "two": TWO}
+    with pytest.raises(mp.MergeError, match=r"looks at all tasks at once, .*'norm.weight'"):
+        mp.merge(BASE, tasks, rule=seen, missing="present", scale=1.0)
+
+
+def survey(tasks: int, entries: int):
+    total = yield lambda D: D.abs().sum()
+    return {"level": total}
+
+
+# ---- Other names ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "a.b."])
+def test_one_beginning_apart_is_found_and_said(prefix: str):
+    plain = merged(BASE, {"one": ONE, "two": TWO})
+    longer = mp.Merged(BASE, {"one": model(10, prefix=prefix), "two": TWO}, **SUM)
+    assert all(torch.equal(longer[name], x) for name, x in plain.items())
+    assert f"task 'one': '{prefix}' is taken off" in longer.notes[0]
+    other = model(0, prefix=prefix)
+    shorter = mp.Merged(other, {"one": ONE, "two": model(20, prefix=prefix)}, **SUM)
+    assert all(torch.equal(shorter[prefix + name], x) for name, x in plain.items())
+    assert f"'{prefix}' is put before" in shorter.notes[0]
+
+
+def test_a_head_beside_a_beginning_is_named():
+    task = model(10, prefix="bert.", classifier=torch.ones(3))
+    with pytest.raises(mp.MergeError, match="'one' has 'classifier', unknown to the base"):
+        merged(BASE, {"one": task})
+    assert torch.equal(
+        merged(BASE, {"one": task}, exclude="classifier")["norm.weight"],
+        merged(BASE, {"one": ONE})["norm.weight"],
+    )
+
+
+def test_two_beginnings_are_no_beginning():
+    twice = model(10, prefix="student.") | model(20, prefix="teacher.")
+    with pytest.raises(mp.MergeError, match=r"'student.layers.0.weight'"):
+        merged(BASE, {"one": twice})
+    lazy = mp.Merged(BASE, {"one": twice}, rename={"teacher.": ""}, missing="base", **SUM)
+    assert torch.allclose(lazy["norm.weight"], TWO["norm.weight"], atol=1e-6)
+
+
+def test_names_are_changed_as_asked():
+    base = model(0, prefix="model.language_model.")
+    task = model(10, prefix="language_model.model.")
+    found = merged(base, {"one": task}, rename={"language_model.model.": "model.language_model."})
+    assert torch.allclose(found["model.language_model.norm.weight"], ONE["norm.weight"], atol=1e-6)
+    with pytest.raises(mp.MergeError, match=r"rename gives two tensors the name 'norm.weight'"):
+        merged(BASE, {"one": ONE | {"x.norm.weight": torch.ones(4)}}, rename={"x.": ""})
+    with pytest.raises(mp.MergeError, match="'x.' begins no name of any task"):
+        merged(BASE, {"one": ONE}, rename={"x.": "y."})
+
+
+def test_names_that_the_base_has_are_left_alone():
+    tasks = {"one": ONE, "two": model(20, prefix="layers.inner.")}
+    found = merged(BASE, tasks, rename={"layers.inner.": ""})
+    assert close(found["layers.0.weight"], added(*(m["layers.0.weight"] for m in (BASE, ONE, TWO))))
+
+
+# ---- Views ---------------------------------------------------------------------------------------
+
+
+class Knows(dict):
+    """A model that knows its own difference."""
+
+    def delta(self, name: str) -> Tensor:
+        return self[name] - BASE[name]
+
+    def meta(self, name: str) -> Tensor:
+        return self[name].to("meta")
+
+
+def test_a_view_passes_on_what_its_model_knows():
+    view = View({"a": (Knows(ONE), "norm.weight"), "b": (ONE, "norm.weight")}, {"b": (2, 2)})
+    assert view.meta("a").is_meta
+    assert torch.equal(view.delta("a"), ONE["norm.weight"] - BASE["norm.weight"])
+    assert view.delta("b") is None
+    assert view["b"].shape == view.meta("b").shape == (2, 2)
+    assert list(view) == ["a", "b"]
+    assert len(view) == 2
+
+
+def test_a_merge_in_a_view_is_no_delta_of_another_base():
+    inner = mp.Merged(BASE, {"one": ONE}, **SUM)
+    view = View({"a": (inner, "norm.weight")})
+    assert view.delta("a") is None
+    assert close(view["a"], ONE["norm.weight"])
