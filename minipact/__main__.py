@@ -156,7 +156,11 @@ def _add_merge(commands: Any) -> None:
         help=f"to run first, in order: {', '.join(PURIFIERS)}, or package.module:function")  # fmt: skip
     add("--set", action="append", metavar="METHOD.OPTION=VALUE",
         help="option of a method, such as pact.core=38")  # fmt: skip
-    add("--scale", type=float, help="factor of the merged task vector (the rule's own)")
+    add(
+        "--scale",
+        type=float,
+        help="factor of the merged task vector (the rule's own; 1 for one task)",
+    )
     add("--vectors", metavar="HOW",
         help="biases, norms and all that is no matrix: rule (as published), mean (plain, unscaled), copy, or "
         "a factor of their sum (mean where a method acts on matrices, else rule)")  # fmt: skip

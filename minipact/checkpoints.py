@@ -84,6 +84,20 @@ class Checkpoint(Mapping[str, Tensor]):
         other.aliases = {alias: name for alias, name in self.aliases.items() if alias not in names}
         return other
 
+    def replaced(
+        self,
+        readers: Mapping[str, Callable[[], Tensor]],
+        dtype: torch.dtype,
+        gone: Collection[str],
+        note: str,
+    ) -> Checkpoint:
+        """The same checkpoint with some tensors read otherwise, told as of a type, and others gone."""
+        other = self.without(gone)
+        other._readers = {name: readers.get(name, read) for name, read in other._readers.items()}
+        other._metas = self._metas | {name: self._metas[name].to(dtype) for name in readers}
+        other.notes = [*self.notes, note]
+        return other
+
 
 _READ_AHEAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
 
@@ -223,7 +237,11 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
+# Types that only newer releases of torch have.
+_NEWER = {"U16": "uint16", "U32": "uint32", "U64": "uint64", "F8_E8M0": "float8_e8m0fnu"}
+DTYPES |= {code: getattr(torch, name) for code, name in _NEWER.items() if hasattr(torch, name)}
 
 
 def _meta(name: str, view: Any) -> Tensor:

@@ -31,6 +31,7 @@ from minipact.alignment import is_vocabulary_table, twins
 from minipact.card import CARD, Record, agreed, card_text, read_record
 from minipact.checkpoints import Checkpoint, open_checkpoint, sha256
 from minipact.errors import CheckpointError, MergeError, listing
+from minipact.float8 import dequantized, forget_quantization
 from minipact.layouts import read_json
 from minipact.mergekit import ENDINGS, read_mergekit
 from minipact.merging import Merged, Progress, Sweep, sweep
@@ -177,6 +178,7 @@ class Job:
             tasks share between layers; they are merged once. merged: the merge, without second names.
         entry: key of the state dict in training checkpoints, if one was named.
         vocabulary: the union of the models' tokenizers, if one was asked for.
+        widened: whether the base's weights were float8 with scales, which the output's are not.
     """
 
     base: Checkpoint
@@ -185,6 +187,7 @@ class Job:
     merged: Merged
     entry: str | None = None
     vocabulary: Union | None = None
+    widened: bool = False
 
     @property
     def inputs(self) -> dict[str, Checkpoint | Adapter]:
@@ -208,6 +211,8 @@ class Job:
         """Add what else belongs to the model to an output's folder; returns what the user should know."""
         metas = self.metas()
         notes = complete_folder(folder, self.base.source, metas)
+        if self.widened:
+            forget_quantization(folder)
         if self.vocabulary is not None:
             tables = [len(x) for name, x in metas.items() if is_vocabulary_table(name)]
             write_union(self.vocabulary, folder, max([self.vocabulary.size, *tables]))
@@ -289,7 +294,8 @@ def open_job(
 
     Raises CheckpointError and MergeError, with every problem of names and shapes in one message.
     """
-    opened = open_checkpoint(base, entry)
+    stored = open_checkpoint(base, entry)
+    opened = dequantized(stored)
     paths = sorted(named_paths(tasks).items())
     recipe = recipe or Recipe()
     models = {name: _open_task(path, opened, recipe, entry) for name, path in paths}
@@ -308,7 +314,7 @@ def open_job(
         vocabulary = union_of(opened.path, {name: task.path for name, task in models.items()})
         origin, once = united(vocabulary, origin, once)
     merged = Merged(origin, once, **recipe.keywords(), device=device)
-    return Job(opened, models, aliases, merged, entry, vocabulary)
+    return Job(opened, models, aliases, merged, entry, vocabulary, opened is not stored)
 
 
 def _is_tied(folder: Path) -> bool:
@@ -325,7 +331,7 @@ def _open_task(
     path: Path, base: Checkpoint, recipe: Recipe, entry: str | None
 ) -> Checkpoint | Adapter:
     if not is_adapter(path):
-        found = open_checkpoint(path, entry)
+        found = dequantized(open_checkpoint(path, entry))
         refuse_loose_lora(found, base)
         return found
     adapter = open_adapter(path, base)
@@ -731,7 +737,7 @@ def _merge_share(
 
     def work(name: str) -> tuple[str, Tensor, tuple[float, float]]:
         base, delta, factor = merged.parts(name)
-        tensor = add_update(name, base, delta, factor, merged.dtype)
+        tensor = add_update(name, base, delta, factor, merged.meta(name).dtype)
         return name, tensor.cpu(), _rounding(base, delta, tensor, factor)
 
     noise = signal = 0.0

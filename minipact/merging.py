@@ -188,7 +188,7 @@ class Merged(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         base, delta, factor = self.parts(name)
-        return add_update(name, base, delta, factor, self.dtype).cpu()
+        return add_update(name, base, delta, factor, self.meta(name).dtype).cpu()
 
     @property
     def scale(self) -> float:
@@ -587,8 +587,8 @@ def merge(
             tensor names; other tensors go to the rule unpurified. A count of directions beyond a matrix'
             min(m, n) is cut to it.
         scale: factor of what the rule makes of the tensors it treats. None takes the rule's recommended
-            value (`METHODS[rule].scale`); none is published behind a purifier, so try several there. 0
-            returns the base.
+            value (`METHODS[rule].scale`), and 1 for a single task; none is published behind a purifier, so
+            try several there. 0 returns the base.
         vectors: what becomes of tensors that are no matrices: biases, norms, convolutions, tables. "rule":
             as published, task arithmetic and TIES treat them like matrices, the rules on matrices take
             scale * their mean. "mean": the plain mean of the task vectors, unscaled. "copy": as in the base.

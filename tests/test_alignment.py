@@ -1,9 +1,11 @@
 """Tensors that belong together: what is not merged stops no merge, and what a model lacks is settled."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import minipact as mp
@@ -86,6 +88,22 @@ def test_buffers_never_stop_a_merge(name: str, tensor: Tensor):
         assert list(found) == list(base)
         assert name not in base or torch.equal(found[name], tensor)
         assert close(found["norm.weight"], ONE["norm.weight"])
+
+
+def test_types_that_no_merge_touches_go_through_files(tmp_path: Path):
+    odd = {
+        "freqs_cis": torch.ones(3, dtype=torch.complex64),
+        "ids": torch.arange(3).to(torch.uint16),
+    }
+    odd["scales"] = torch.ones(2).to(torch.float8_e8m0fnu)
+    for name, state in (("base", BASE), ("one", ONE)):
+        save_file(state | odd, tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / f"{name}.safetensors" for name in ("base", "one", "out")]
+    mp.merge_files(paths[0], [paths[1]], paths[2], mp.Recipe(exclude="scales"))
+    found = load_file(paths[2])
+    for name, x in odd.items():
+        assert torch.equal(found[name].view(torch.uint8), x.view(torch.uint8)), name
+    assert torch.allclose(found["norm.weight"], ONE["norm.weight"], atol=1e-6)
 
 
 def test_true_biases_are_no_buffers():
