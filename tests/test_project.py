@@ -4,6 +4,8 @@ import ast
 import csv
 import json
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,13 @@ from statistics import fmean, stdev
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import minipact
 import minipact.methods
 import minipact.plain
 from helpers import small_model, tuned
+from minipact.__main__ import main
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -66,6 +70,30 @@ def test_readme_commands_and_code():
         ast.parse(snippet)
     for link in re.findall(r"\]\(([^)#]+)\)", readme):
         assert (ROOT / link).exists(), link
+
+
+@pytest.mark.slow
+def test_readme_commands_run_on_the_files_of_the_zoo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^minipact (.*)$", readme, re.M)
+    assert len(commands) == 4
+    for command in commands:
+        assert main(shlex.split(command, comments=True)) == 0, command
+    merged, again = (load_file(f"{name}.safetensors") for name in ("merged", "again"))
+    assert all(torch.equal(again[name], x) for name, x in merged.items())
+    assert Path("report.html").stat().st_size > 1e4
+
+
+@pytest.mark.slow
+def test_the_demo_merges_the_zoo_and_tells_accuracies(capsys: pytest.CaptureFixture[str]):
+    assert runpy.run_path(str(ROOT / "tools" / "demo.py"))["main"]() == 0
+    average = re.search(r"^average +([\d.]+) +([\d.]+) +([\d.]+)$", capsys.readouterr().out, re.M)
+    base, own, merged = map(float, average.groups())
+    assert base + 15 < merged < own - 10
 
 
 def test_readme_tells_the_recorded_times():
