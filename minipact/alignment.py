@@ -26,6 +26,20 @@ _BUFFERS = re.compile(
     r"|(original_)?inv_freq|(cos|sin)_cached|freqs_cis|masked_bias|(attn|causal)_mask|_extra_state)$"
 )
 _CAUSAL = re.compile(r"(^|\.)(attn|attention)\.bias$")  # GPT's masks; in other models a true bias
+# Tensors with a row, or an entry, for every token.
+_TABLES = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|token_embedding)\.weight$"
+)
+_HEADS = re.compile(r"(^|\.)(lm_head|embed_out|predictions\.decoder|output_projection)\.weight$")
+_BIASES = re.compile(r"(^|\.)(lm_head|predictions|predictions\.decoder)\.bias$")
+# A fused layer, and the layers that it holds side by side.
+_FUSED = (
+    (
+        ("qkv_proj", "Wqkv", "query_key_value", "in_proj", "qkv", "c_attn"),
+        ("q_proj", "query", "to_q", "q"),
+    ),
+    (("gate_up_proj",), ("gate_proj",)),
+)
 
 
 def is_buffer(name: str, tensor: Tensor) -> bool:
@@ -35,13 +49,29 @@ def is_buffer(name: str, tensor: Tensor) -> bool:
     return bool(counter or mask or _BUFFERS.search(name))
 
 
-_TABLES = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|token_embedding)\.weight$"
-)
-_HEADS = re.compile(r"(^|\.)(lm_head|embed_out|predictions\.decoder|output_projection)\.weight$")
+def is_packed(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor holds whole numbers that are no known buffer, as quantized weights are."""
+    whole = not tensor.is_floating_point() and not tensor.is_complex()
+    return whole and not is_buffer(name, tensor)
 
 
-_BIASES = re.compile(r"(^|\.)(lm_head|predictions|predictions\.decoder)\.bias$")
+def other_numbers(name: str, label: str, tensor: Tensor) -> MergeError:
+    """The error for whole numbers that differ between base and task."""
+    what = f"'{name}' of task '{label}' holds other {tensor.dtype} numbers than the base"
+    remedy = (
+        "unpack quantized weights (GPTQ, AWQ, bitsandbytes) first, with dequantize() of transformers' "
+        "models or the tool that packed them, or exclude it to keep the base's"
+    )
+    return MergeError(f"{what}, and whole numbers cannot be merged: {remedy}")
+
+
+def refuse_disagreement(name: str, holders: States) -> None:
+    """Raise MergeError unless all holders of a tensor that the base lacks agree bit for bit."""
+    (first, model), *others = holders.items()
+    for label, task in others:
+        if not torch.equal(model[name], task[name]):
+            both = f"'{name}' of task '{label}' and of task '{first}' differ"
+            raise MergeError(f"{both}, and the base lacks it: exclude it, or take missing='base'")
 
 
 def is_vocabulary_table(name: str) -> bool:
@@ -297,6 +327,9 @@ def _lacks(label: str, task: State, found: _Compared) -> list[str]:
         return [
             f"task '{label}' lacks all that is to be merged, {names}: is it tuned from this base?"
         ]
+    if layouts := _fused_and_split(lacking, extra):
+        what = f"task '{label}' and the base hold the same layers in different layouts, {layouts}"
+        return [f"{what}: save both with the same version of their library, and merge those"]
     problems = []
     if lacking:
         doubt = ", if it is tuned from this base" if 2 * len(lacking) > len(wanted) else ""
@@ -306,6 +339,23 @@ def _lacks(label: str, task: State, found: _Compared) -> list[str]:
         remedy = "--missing base leaves it out, --missing present takes it over; or exclude it"
         problems.append(f"task '{label}' has {listing(extra)}, unknown to the base: {remedy}")
     return problems
+
+
+def _fused_and_split(lacking: list[str], extra: list[str]) -> str:
+    """Two names, where one side has a layer in one piece that the other side has in several."""
+    for one, other in ((lacking, extra), (extra, lacking)):
+        for fused, split in _FUSED:
+            whole = [name for name in one if _holds(name, fused)]
+            parts = [name for name in other if _holds(name, split)]
+            if whole and parts:
+                return f"'{whole[0]}' in one piece and '{parts[0]}' apart"
+    return ""
+
+
+def _holds(name: str, layers: Iterable[str]) -> bool:
+    """Whether a part of a name is one of these layers; weights of fused ones may carry it in theirs."""
+    parts = [part.removesuffix("_weight").removesuffix("_bias") for part in name.split(".")]
+    return any(layer in parts for layer in layers)
 
 
 # ---- What becomes of tensors that a model lacks --------------------------------------------------

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import minipact.per_task  # noqa: F401  enters its methods into the registry
-from minipact.alignment import Aligned, aligned, is_buffer
+from minipact.alignment import Aligned, aligned, is_packed, other_numbers, refuse_disagreement
 from minipact.errors import MergeError, listing
 from minipact.methods import METHODS as METHODS
 from minipact.methods import (
@@ -457,27 +457,12 @@ class Merged(Mapping[str, Tensor]):
     def _refuse_strangers(self) -> None:
         """Tensors that a merge cannot change must be alike where they cannot be made anew."""
         for name in self._models.taken:
-            first, *others = self._holding(name).items()
-            for label, task in others:
-                if not torch.equal(first[1][name], task[name]):
-                    both = f"'{name}' of task '{label}' and of task '{first[0]}' differ"
-                    raise MergeError(
-                        f"{both}, and the base lacks it: exclude it, or take missing='base'"
-                    )
-        for name, meta in self._metas.items():
-            if meta.is_floating_point() or meta.is_complex() or is_buffer(name, meta):
-                continue
+            refuse_disagreement(name, self._holding(name))
+        fixed = [name for name, meta in self._metas.items() if is_packed(name, meta)]
+        for name in filter(partial(is_selected, self.recipe), fixed):
             for label, task in self.tasks.items():
-                if (
-                    is_selected(self.recipe, name)
-                    and name in task
-                    and not is_same(self.base, task, name)
-                ):
-                    what = (
-                        f"'{name}' of task '{label}' holds other {meta.dtype} numbers than the base"
-                    )
-                    hint = "unpack quantized weights first, or exclude it to keep the base's"
-                    raise MergeError(f"{what}, and whole numbers cannot be merged: {hint}")
+                if name in task and not is_same(self.base, task, name):
+                    raise other_numbers(name, label, self._metas[name])
 
     def _refuse_identical(self) -> None:
         merged = [step.name for step in self.steps.values() if step.rule != "copy"]

@@ -211,6 +211,27 @@ def survey(tasks: int, entries: int):
     return {"level": total}
 
 
+@pytest.mark.parametrize(
+    ("fused", "split"),
+    [
+        (
+            "attn.qkv_proj.weight",
+            ["attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight"],
+        ),
+        ("attn.in_proj_weight", ["attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight"]),
+        ("mlp.gate_up_proj.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"]),
+        ("attention.query_key_value.weight", ["attention.query.weight", "attention.key.weight"]),
+    ],
+)
+def test_fused_beside_split_is_refused_with_both_layouts(fused: str, split: list[str]):
+    whole = {fused: torch.ones(12, 4)}
+    parts = {name: torch.ones(4, 4) for name in split}
+    for base, task in ((BASE | whole, ONE | parts), (BASE | parts, ONE | whole)):
+        with pytest.raises(mp.MergeError, match="different layouts") as error:
+            merged(base, {"one": task})
+        assert f"'{fused}' in one piece and '{split[0]}' apart" in str(error.value)
+
+
 # ---- Other names ---------------------------------------------------------------------------------
 
 
