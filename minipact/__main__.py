@@ -176,7 +176,7 @@ def _add_merge(commands: Any) -> None:
         help="beginning of names in the tasks; one that all names share is found alone")  # fmt: skip
     add("--entry", metavar="KEY", help=ENTRY)
     add("--vocabulary", choices=("same", "union"),
-        help="union: tokenizers that append tokens of their own to a common part (same)")  # fmt: skip
+        help="union: a row for every token, where tokenizers only append some (same)")  # fmt: skip
     add("--dtype", choices=DTYPES, help="of the output (keep)")
     add("--seed", type=int, help="of random masks and sketches (0)")
     add("--recipe", metavar="FILE", type=Path,
@@ -582,7 +582,7 @@ def _xray(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from minipact.checkpoints import open_checkpoint
+    from minipact.job import open_models
     from minipact.xray import check_page, write_page, xray
     from minipact.xray_page import render, summary_line
 
@@ -595,8 +595,7 @@ def _xray(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device, paths = _device(arguments.device), _named(arguments.tasks)
-    base = open_checkpoint(arguments.base, arguments.entry)
-    tasks = {name: open_checkpoint(path, arguments.entry) for name, path in paths.items()}
+    base, tasks = open_models(arguments.base, paths, entry=arguments.entry)
     with _progress(arguments) as progress:
         report = xray(
             base, tasks, core=_value(arguments.core), task=_value(arguments.task), tol=arguments.tol,

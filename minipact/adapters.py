@@ -6,7 +6,6 @@ What the configuration or the file holds beyond that is known here to be harmles
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -22,15 +21,13 @@ from torch import Tensor
 
 from minipact.checkpoints import Checkpoint, open_checkpoint
 from minipact.errors import CheckpointError, listing
-from minipact.layouts import PICKLES
+from minipact.layouts import PICKLES, read_json
+from minipact.peft_settings import MERGE_INSTEAD, Settings, read_settings
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 Place = tuple[Checkpoint, str]  # where a tensor stands: a file, and its key there
 Renames = tuple[tuple[str, str], ...]  # (old, new) beginnings of names
-_MERGE = (
-    "merge it into the model it was trained on with PEFT's merge_and_unload() and give the result"
-)
 _SAVE_AGAIN = "save it again where it was trained, or give what merge_and_unload() returns there"
 
 
@@ -168,7 +165,7 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
     Raises:
         CheckpointError: damaged, of an unsupported kind, ambiguous, or made for another base.
     """
-    config = _config(path / CONFIG)
+    config = read_settings(path / CONFIG)
     _, weights, *beside = adapter_files(path)
     stored = open_checkpoint(weights)
     pairs, whole = _sorted_tensors(stored, weights)
@@ -195,159 +192,6 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
     heads = _heads(replaced, config, base, path)
     notes = tuple(_note(old, new) for old, new in renames)
     return Adapter(base, stored, path, factors, replaced, heads, notes)
-
-
-# ---- The configuration ---------------------------------------------------------------------------
-
-# Settings of PEFT 0.1 to 0.21 that say how the adapter was trained, or only what its tensors show.
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "lora_ga_config",
-    "megatron_config", "megatron_core", "merge_weights", "peft_type", "peft_version", "qalora_group_size",
-    "revision", "runtime_config", "target_modules", "velora_config",
-}  # fmt: skip
-_READ = {
-    "alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "modules_to_save", "r",
-    "rank_pattern", "task_type", "use_rslora",
-}  # fmt: skip
-# Those under which base + s * B @ A is not the fine-tuned model.
-_CHANGING = {
-    "enable_lora", "ensure_weight_tying", "kasa_config", "layer_replication", "loftq_config", "lora_bias",
-    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
-    "use_qalora",
-}  # fmt: skip
-_NEVER_MERGED = {"alora_invocation_tokens", "arrow_config"}
-# PEFT takes these with all their defaults where they are {}.
-_ON_WHEN_EMPTY = {"arrow_config", "kasa_config", "monteclora_config", "use_bdlora"}
-# Beginnings that leave the base's weights as they were. MiCA's B is fixed, its A starts from zero.
-_BASE_KEPT = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
-_BIASES = ("none", "all", "lora_only")
-
-
-@dataclass(frozen=True)
-class _Config:
-    """What a configuration says of the adapter's tensors.
-
-    Attributes:
-        ranks, alphas: pattern of layer names -> value. rank, alpha: of all others.
-        fan_in_fan_out: as stored: PEFT keeps that of the layer it made last.
-        whole: modules that were trained as a whole. is_classifier: whether the task has a head of its own.
-    """
-
-    rank: float
-    alpha: float
-    ranks: Mapping[str, float]
-    alphas: Mapping[str, float]
-    rslora: bool
-    fan_in_fan_out: bool
-    bias: str
-    whole: tuple[str, ...]
-    is_classifier: bool
-
-
-def _config(file: Path) -> _Config:
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _no_config(file, error) from error
-    _refuse_other_kinds(file, found)
-    _refuse_settings(file, found)
-    try:
-        return _read_config(found)
-    except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
-        raise _no_config(file, error) from error
-
-
-def _no_config(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{file} is no adapter configuration ({error}): fetch it again")
-
-
-def _refuse_other_kinds(file: Path, found: Any) -> None:
-    if isinstance(found, dict) and found.get("peft_type") == "LORA":
-        return
-    if isinstance(found, dict) and "lora_parameters" in found and "peft_type" not in found:
-        raise CheckpointError(
-            f"{file} is of an MLX adapter, not of PEFT: fuse it with mlx_lm.fuse and give the result"
-        )
-    kind = found.get("peft_type") if isinstance(found, dict) else type(found).__name__
-    raise CheckpointError(
-        f"{file}: {kind!r} adapters are not supported, only 'LORA' is: where PEFT can merge it, {_MERGE}"
-    )
-
-
-def _refuse_settings(file: Path, found: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for settings that change the model otherwise, and for unknown ones."""
-    for key, value in found.items():
-        text = f"{file}: {key}={str(value)[:80]}"
-        if key == "init_lora_weights" and str(value).lower() not in _BASE_KEPT:
-            raise CheckpointError(
-                f"{text} is not supported, as training began by changing the base's weights, or may have: "
-                "save it as a plain LoRA with PEFT's path_initial_model_for_weight_conversion where it was "
-                "trained, or give what merge_and_unload() returns there"
-            )
-        if key == "bias" and value not in (None, *_BIASES):
-            raise CheckpointError(
-                f"{text} is unknown: it is one of {listing(_BIASES)}, or {_MERGE}"
-            )
-        if key in _HARMLESS or key in _READ or _is_off(key, value):
-            continue
-        if key in _NEVER_MERGED:
-            raise CheckpointError(
-                f"{text} is not supported: it acts otherwise on some tokens than on others, as no "
-                "merged weights can; leave this adapter out"
-            )
-        if key in _CHANGING:
-            raise CheckpointError(
-                f"{text} is not supported, as base + s * B @ A is not this model: {_MERGE}"
-            )
-        raise CheckpointError(
-            f"{text} is an unknown setting, which may change what the weights mean: {_MERGE}; or, if it "
-            "is not of the weights, remove it from this file"
-        )
-
-
-def _is_off(key: str, value: object) -> bool:
-    if value is None or value is False:
-        return True
-    is_empty = isinstance(value, str | list | dict) and not value
-    return is_empty and key not in _ON_WHEN_EMPTY
-
-
-def _read_config(found: Mapping[str, Any]) -> _Config:
-    """Raises ValueError, TypeError, AttributeError, OverflowError or re.error where a value is none."""
-    whole = found.get("modules_to_save") or []
-    task = str(found.get("task_type")).rpartition(".")[2]
-    return _Config(
-        rank=_number(found.get("r", 8)),
-        alpha=_number(found.get("lora_alpha", 8)),
-        ranks=_patterns(found.get("rank_pattern")),
-        alphas=_patterns(found.get("alpha_pattern")),
-        rslora=_switch(found, "use_rslora"),
-        fan_in_fan_out=_switch(found, "fan_in_fan_out"),
-        bias=found.get("bias") or "none",
-        whole=tuple(map(str, [whole] if isinstance(whole, str) else whole)),
-        is_classifier=task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"),
-    )
-
-
-def _number(value: Any) -> float:
-    if not math.isfinite(float(value)):
-        raise ValueError(f"{value} is no number")
-    return float(value)
-
-
-def _patterns(value: Any) -> dict[str, float]:
-    patterns = {str(pattern): _number(x) for pattern, x in dict(value or {}).items()}
-    for pattern in patterns:
-        re.compile(pattern)
-    return patterns
-
-
-def _switch(found: Mapping[str, Any], key: str) -> bool:
-    value = found.get(key) or False
-    if not isinstance(value, bool):
-        raise TypeError(f"{key} is {value!r}, not true or false")
-    return value
 
 
 # ---- The tensors of the file ---------------------------------------------------------------------
@@ -381,7 +225,7 @@ def _sorted_tensors(stored: Checkpoint, weights: Path) -> tuple[dict[str, _Pair]
         if match and ".base_layer." in name:  # PEFT 0.21 adds the update of its out_proj twice
             raise CheckpointError(
                 f"{weights}: '{key}' is of an nn.MultiheadAttention, which PEFT merges in a way of its own: "
-                f"{_MERGE}"
+                f"{MERGE_INSTEAD}"
             )
         if match and match["side"] == "A":
             module = match["module"]
@@ -391,7 +235,7 @@ def _sorted_tensors(stored: Checkpoint, weights: Path) -> tuple[dict[str, _Pair]
         elif not match and ("lora_" in name or "trainable_tokens" in name):
             raise CheckpointError(
                 f"{weights}: '{key}' belongs to no plain LoRA (to DoRA, for one, or to one adapter of "
-                f"several): {_MERGE}"
+                f"several): {MERGE_INSTEAD}"
             )
         elif not match and ".original_module." not in name:  # PEFT's copy of the base's own
             name = _WHOLE.sub(".", name)
@@ -407,7 +251,7 @@ def _without_wrappers(key: str) -> str:
 
 
 def _twice(name: str, file: Path) -> CheckpointError:
-    return CheckpointError(f"{file} holds two tensors for '{name}': {_MERGE}")
+    return CheckpointError(f"{file} holds two tensors for '{name}': {MERGE_INSTEAD}")
 
 
 def _is_same(stored: Checkpoint, one: str, other: str) -> bool:
@@ -429,12 +273,18 @@ def _check_partners(pairs: Mapping[str, _Pair], stored: Checkpoint, weights: Pat
                 f"{weights}: '{pair.a}' has no partner '{pair.b}': fetch it again"
             )
     used = {key for pair in pairs.values() for key in (pair.a, pair.b)}
+    for key in sorted(used):
+        dtype = stored.meta(key).dtype
+        if not dtype.is_floating_point:
+            raise CheckpointError(
+                f"{weights}: '{key}' is of {dtype}, so it is packed or damaged: {MERGE_INSTEAD}"
+            )
     factors = [key for key in stored if _FACTOR.fullmatch(_without_wrappers(key))]
     if idle := [key for key in factors if key not in used]:
         raise CheckpointError(f"{weights}: '{idle[0]}' has no partner: fetch the adapter again")
 
 
-def _scale(module: str, pair: _Pair, config: _Config, stored: Checkpoint, path: Path) -> float:
+def _scale(module: str, pair: _Pair, config: Settings, stored: Checkpoint, path: Path) -> float:
     """s of a layer's factors; patterns match module names as PEFT matches them."""
     shape = stored.meta(pair.a).shape
     rank = int(shape[0]) if shape else 0
@@ -484,7 +334,9 @@ def _layers_of(
     name, times = Counter(taken).most_common(1)[0]
     if times > 1:
         both = [module for module, other in zip(pairs, taken, strict=True) if other == name]
-        raise CheckpointError(f"{path}: {listing(both)} read as one '{name}' of the base: {_MERGE}")
+        raise CheckpointError(
+            f"{path}: {listing(both)} read as one '{name}' of the base: {MERGE_INSTEAD}"
+        )
     layers = {module: known[name] for module, name in zip(pairs, taken, strict=True)}
     return layers, tuple(sorted(set(chosen.values()), reverse=True))
 
@@ -546,7 +398,7 @@ def _only(module: str, found: Collection[tuple[str, str]], path: Path) -> tuple[
     if len(found) > 1 and len(same) != 1:
         names = sorted(new + module[len(old) :] for old, new in found)
         raise CheckpointError(
-            f"{path}: its layer '{module}' may be {listing(names)} of the base: {_MERGE}"
+            f"{path}: its layer '{module}' may be {listing(names)} of the base: {MERGE_INSTEAD}"
         )
     (chosen,) = same if len(found) > 1 else found
     return chosen
@@ -562,10 +414,12 @@ def _stranger(
     """The error for layers that the base lacks."""
     named = f"{path} acts on {listing(f'{module}.weight' for module in lost)}, which the base lacks"
     if 2 * len(lost) <= len(pairs):
-        return CheckpointError(f"{named}, though it has the others: {_MERGE}")
+        return CheckpointError(f"{named}, though it has the others: {MERGE_INSTEAD}")
     similar = [known[other] for other in known if _end(other) == _end(lost[0])]
     has = listing(similar or base)
-    return CheckpointError(f"{named}: it has {has}; is it the right base? If it is, {_MERGE}")
+    return CheckpointError(
+        f"{named}: it has {has}; is it the right base? If it is, {MERGE_INSTEAD}"
+    )
 
 
 def _note(old: str, new: str) -> str:
@@ -587,7 +441,7 @@ def _turned(
     layers: Mapping[str, str],
     stored: Checkpoint,
     base: Checkpoint,
-    config: _Config,
+    config: Settings,
     path: Path,
 ) -> dict[str, bool]:
     """Layer -> whether its weight takes B @ A transposed: by its shape, else by the architecture.
@@ -643,19 +497,19 @@ def _misfit(
     a, b = (tuple(stored.meta(key).shape) for key in (pair.a, pair.b))
     return CheckpointError(
         f"{path}: B {b} times A {a} of '{pair.a}' does not fit '{name}' {tuple(weight.shape)} of the "
-        f"base: is it the right base? If it is, {_MERGE}"
+        f"base: is it the right base? If it is, {MERGE_INSTEAD}"
     )
 
 
 def _two_readings(
-    path: Path, name: str, weight: Tensor, config: _Config, kinds: Collection[str]
+    path: Path, name: str, weight: Tensor, config: Settings, kinds: Collection[str]
 ) -> CheckpointError:
     told = str(config.fan_in_fan_out).lower()
     file = "" if kinds else "give the base as a folder with its config.json, or "
     return CheckpointError(
         f"{path}: '{name}' {tuple(weight.shape)} is square, so it may take B @ A, as an nn.Linear, or its "
         f"transpose, as a Conv1D; fan_in_fan_out={told} of {CONFIG} is that of the last layer only: "
-        f"{file}{_MERGE}"
+        f"{file}{MERGE_INSTEAD}"
     )
 
 
@@ -665,10 +519,7 @@ def _architecture(base: Path) -> set[str]:
     folder = base if base.is_dir() else base.parent if named else None
     if folder is None:
         return set()
-    try:
-        return set(_model_types(json.loads((folder / "config.json").read_text("utf-8"))))
-    except (OSError, ValueError, RecursionError):
-        return set()
+    return set(_model_types(read_json(folder / "config.json")))
 
 
 def _model_types(config: Any) -> Iterator[str]:
@@ -729,7 +580,7 @@ def _more_tensors(
 
 
 def _check_trained(
-    config: _Config,
+    config: Settings,
     layers: Mapping[str, str],
     replaced: Mapping[str, Place],
     base: Checkpoint,
@@ -758,7 +609,7 @@ def _is_within(name: str, module: str) -> bool:
 
 
 def _heads(
-    replaced: Mapping[str, Place], config: _Config, base: Checkpoint, path: Path
+    replaced: Mapping[str, Place], config: Settings, base: Checkpoint, path: Path
 ) -> list[str]:
     """Names of classification heads that the base lacks.
 
@@ -771,13 +622,15 @@ def _heads(
             continue
         modules = [m for m in declared if _is_within(name, m)]
         if not modules and not name.endswith((".weight", ".bias")):
-            raise CheckpointError(f"{path}: '{key}' is neither of the base nor of a LoRA: {_MERGE}")
+            raise CheckpointError(
+                f"{path}: '{key}' is neither of the base nor of a LoRA: {MERGE_INSTEAD}"
+            )
         if any(_is_head(module, config) for module in modules):
             heads.append(name)
     return heads
 
 
-def _is_head(module: str, config: _Config) -> bool:
+def _is_head(module: str, config: Settings) -> bool:
     own = module.rpartition(".")[2]
     return own in _CLASSIFIERS or (config.is_classifier and own not in _TOKEN_TABLES)
 

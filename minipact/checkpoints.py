@@ -40,7 +40,10 @@ class Checkpoint(Mapping[str, Tensor]):
         source: where in a model's folder they stand. metadata: strings stored in the file.
         aliases: second names of tensors, alias -> name, where a model shares one tensor between two layers.
         notes: what was done to read it that the user should know.
+        widened: whether some tensors are told as of another type than the one stored, see `replaced`.
     """
+
+    widened = False
 
     def __init__(
         self,
@@ -95,7 +98,7 @@ class Checkpoint(Mapping[str, Tensor]):
         other = self.without(gone)
         other._readers = {name: readers.get(name, read) for name, read in other._readers.items()}
         other._metas = self._metas | {name: self._metas[name].to(dtype) for name in readers}
-        other.notes = [*self.notes, note]
+        other.notes, other.widened = [*self.notes, note], True
         return other
 
 

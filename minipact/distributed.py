@@ -38,7 +38,7 @@ def _number(variable: str) -> int:
 
 def has_joined() -> bool:
     """Whether this process works together with others already."""
-    return dist.is_initialized()
+    return dist.is_available() and dist.is_initialized()
 
 
 def local_device() -> str:

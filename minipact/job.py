@@ -113,7 +113,7 @@ def merge_files(
     target = Target(Path(output), max_shard_size, overwrite, resume, base_model, license)
     target.check(Path(base), named_paths(tasks).values())
     job = open_job(base, tasks, recipe, device, entry)
-    target.check_parts(job.base)
+    target.check_parts(job)
     if resume:
         job.merged.recipe.to_json()  # only what can be compared can go on
     with distributed.processes(device):
@@ -146,13 +146,17 @@ class Target:
         check_output(self.path, self.overwrite)
         _refuse_inputs_within(self.path, [base, *tasks])
 
-    def check_parts(self, base: Checkpoint) -> None:
-        """Refuse one file for the weights of several folders."""
-        folders = [prefix.rstrip("/") for prefix in base.source.stems if prefix]
-        if self.is_file and folders:
-            raise CheckpointError(
-                f"{self.path}: {base.path} has weights in {listing(folders)} too: give a folder as the output"
-            )
+    def check_parts(self, job: Job) -> None:
+        """Refuse one file where the output is more than that."""
+        if not self.is_file:
+            return
+        folders = [prefix.rstrip("/") for prefix in job.base.source.stems if prefix]
+        if folders:
+            what = f"{job.base.path} has weights in {listing(folders)} too"
+            raise CheckpointError(f"{self.path}: {what}: give a folder as the output")
+        if job.vocabulary is not None:
+            what = "a united vocabulary needs its tokenizer beside the weights"
+            raise CheckpointError(f"{self.path}: {what}: give a folder as the output")
 
 
 def _refuse_inputs_within(output: Path, inputs: Iterable[Path]) -> None:
@@ -178,7 +182,6 @@ class Job:
             tasks share between layers; they are merged once. merged: the merge, without second names.
         entry: key of the state dict in training checkpoints, if one was named.
         vocabulary: the union of the models' tokenizers, if one was asked for.
-        widened: whether the base's weights were float8 with scales, which the output's are not.
     """
 
     base: Checkpoint
@@ -187,7 +190,6 @@ class Job:
     merged: Merged
     entry: str | None = None
     vocabulary: Union | None = None
-    widened: bool = False
 
     @property
     def inputs(self) -> dict[str, Checkpoint | Adapter]:
@@ -211,7 +213,7 @@ class Job:
         """Add what else belongs to the model to an output's folder; returns what the user should know."""
         metas = self.metas()
         notes = complete_folder(folder, self.base.source, metas)
-        if self.widened:
+        if self.base.widened:
             forget_quantization(folder)
         if self.vocabulary is not None:
             tables = [len(x) for name, x in metas.items() if is_vocabulary_table(name)]
@@ -294,27 +296,63 @@ def open_job(
 
     Raises CheckpointError and MergeError, with every problem of names and shapes in one message.
     """
-    stored = open_checkpoint(base, entry)
-    opened = dequantized(stored)
-    paths = sorted(named_paths(tasks).items())
     recipe = recipe or Recipe()
-    models = {name: _open_task(path, opened, recipe, entry) for name, path in paths}
+    opened, models = open_models(base, tasks, recipe, entry)
     aliases = {
         alias: name
         for alias, name in opened.aliases.items()
         if all(task.aliases.get(alias) == name for task in models.values())
     }
-    if _is_tied(opened.path):
+    if _is_tied(_home(opened)):
         aliases |= twins(opened, models.values())
     recipe = _for_first_names(recipe, opened, aliases)
     once: Mapping[str, State] = {name: x.without(aliases) for name, x in models.items()}
     origin: State = opened.without(aliases)
     vocabulary = None
     if recipe.vocabulary == "union":
-        vocabulary = union_of(opened.path, {name: task.path for name, task in models.items()})
+        folders = {name: _home(task) for name, task in models.items()}
+        vocabulary = union_of(_home(opened), folders)
         origin, once = united(vocabulary, origin, once)
     merged = Merged(origin, once, **recipe.keywords(), device=device)
-    return Job(opened, models, aliases, merged, entry, vocabulary, opened is not stored)
+    _refuse_new_modules(merged, opened, models)
+    return Job(opened, models, aliases, merged, entry, vocabulary)
+
+
+def open_models(
+    base: PathLike, tasks: Tasks, recipe: Recipe | None = None, entry: str | None = None
+) -> tuple[Checkpoint, dict[str, Checkpoint | Adapter]]:
+    """The base and the tasks by name, sorted: adapters on their base, float8 weights with their scales.
+
+    Raises CheckpointError where one cannot be read, or is no model.
+    """
+    opened = dequantized(open_checkpoint(base, entry))
+    paths = sorted(named_paths(tasks).items())
+    found = {name: _open_task(path, opened, recipe or Recipe(), entry) for name, path in paths}
+    return opened, found
+
+
+def _home(model: Checkpoint | Adapter) -> Path:
+    """The folder whose other files belong to a model, or where it was opened."""
+    source = getattr(model, "source", None)
+    return model.path if source is None or source.folder is None else source.folder
+
+
+def _refuse_new_modules(
+    merged: Merged, base: Checkpoint, models: Mapping[str, Checkpoint | Adapter]
+) -> None:
+    """Tensors of a module that the base's folder lacks have no file in the output."""
+    sources = [x.source.stems for x in models.values() if isinstance(x, Checkpoint)]
+    new = {
+        prefix
+        for stems in sources
+        for prefix in stems
+        if prefix and prefix not in base.source.stems
+    }
+    if strange := [name for name in merged if name.startswith(tuple(new))]:
+        hint = "exclude them, or give a base with this module"
+        raise CheckpointError(
+            f"{listing(strange)} belong to a module that {base.path} lacks: {hint}"
+        )
 
 
 def _is_tied(folder: Path) -> bool:
@@ -696,8 +734,7 @@ def _complete(
 ) -> list[str]:
     """Add the base's other files and the card to an output folder; returns what the user should know."""
     notes = job.complete(folder)
-    home = job.base.source.folder or job.base.path
-    paths = {BASE: home} | {name: task.path for name, task in job.tasks.items()}
+    paths = {BASE: _home(job.base)} | {name: task.path for name, task in job.tasks.items()}
     tasks = {name: task.path for name, task in job.tasks.items()}
     given = {"base_model": target.base_model, "license": target.license}
     silent = []

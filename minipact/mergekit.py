@@ -33,6 +33,7 @@ _TOP = (
     "out_dtype",
     "tokenizer_source",
 )
+_OF_MODEL = ("weight", "density")
 _PARAMETERS = ("weight", "density", "normalize", "rescale", "int8_mask", "lambda")
 
 
@@ -93,7 +94,7 @@ def _foreign(found: object) -> Foreign:
     names = [_name(entry.get("model")) for entry in tasks]
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"models {listing(names)}: at least one, and each by a name of its own")
-    given = [common | _table(e.get("parameters") or {}, name, _PARAMETERS)
+    given = [common | _table(e.get("parameters") or {}, name, _OF_MODEL)
              for name, e in zip(names, tasks, strict=True)]  # fmt: skip
     recipe = _recipe(str(method), names, given, common)
     dtype = top.get("out_dtype", top.get("dtype"))

@@ -156,9 +156,18 @@ class _Tables(Mapping[str, Tensor]):
         table[: len(origin)] = origin
         if self._label is not None:
             table[: union.known] = self._tasks[self._label][name][: union.known]
-        tables = {label: task[name] for label, task in self._tasks.items() if union.own[label]}
+        tables = {
+            label: task[name]
+            for label, task in self._tasks.items()
+            if union.own[label] and name in task
+        }
         for token, row in union.new.items():
-            held = [tables[label][union.own[label][token]] for label in union.holders(token)]
+            own = [label for label in union.holders(token) if label in tables]
+            if not own:
+                raise MergeError(
+                    f"'{name}': no task that has the token {token!r} holds it: {_REMEDY}"
+                )
+            held = [tables[label][union.own[label][token]] for label in own]
             table[row] = torch.stack(held).double().mean(0).to(table)
         return table
 

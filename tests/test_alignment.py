@@ -1,5 +1,6 @@
 """Tensors that belong together: what is not merged stops no merge, and what a model lacks is settled."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import minipact as mp
 from helpers import close, normal
-from minipact.alignment import View, is_buffer
+from minipact.alignment import View, is_buffer, twins
 
 NAMES = ("layers.0.weight", "layers.1.weight", "norm.weight")
 
@@ -280,6 +281,49 @@ def test_names_that_the_base_has_are_left_alone():
     tasks = {"one": ONE, "two": model(20, prefix="layers.inner.")}
     found = merged(BASE, tasks, rename={"layers.inner.": ""})
     assert close(found["layers.0.weight"], added(*(m["layers.0.weight"] for m in (BASE, ONE, TWO))))
+
+
+# ---- Twins ---------------------------------------------------------------------------------------
+
+
+def tied(seed: int, copies: bool = True) -> dict[str, Tensor]:
+    table = normal(9, 4, seed=seed).float()
+    head = {"lm_head.weight": table.clone()} if copies else {}
+    return {
+        "model.embed_tokens.weight": table,
+        "model.l.weight": normal(4, 4, seed=seed + 1).float(),
+    } | head
+
+
+def test_twins_are_alike_in_every_model():
+    twin = {"lm_head.weight": "model.embed_tokens.weight"}
+    assert twins(tied(0), [tied(5), tied(9)]) == twin
+    assert twins(tied(0), [tied(5), tied(9, copies=False)]) == twin
+    untied = tied(5) | {"lm_head.weight": torch.ones(9, 4)}
+    assert twins(tied(0), [untied]) == {}
+    assert twins(untied, [tied(5)]) == {}
+    assert twins(tied(0, copies=False), [tied(5)]) == {}
+    assert twins(BASE, [ONE]) == {}
+
+
+@pytest.mark.parametrize(("says", "alike"), [(True, True), (None, True), (False, False)])
+def test_twins_are_merged_once_where_the_configuration_ties_them(
+    tmp_path: Path, says: bool | None, alike: bool
+):
+    """TSV-M takes a table by its mean and a head by its directions, so two copies would part."""
+    for name, seed in (("base", 0), ("one", 10), ("two", 20)):
+        (tmp_path / name).mkdir()
+        save_file(tied(seed), tmp_path / name / "model.safetensors")
+        config = {"model_type": "mini"} | ({} if says is None else {"tie_word_embeddings": says})
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    paths = [tmp_path / name for name in ("base", "one", "two")]
+    paths[0] = paths[0] / "model.safetensors"  # stands for its folder, with its configuration
+    mp.merge_files(paths[0], paths[1:], tmp_path / "out", mp.Recipe("tsv_m", scale=1.0))
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    table, head = found["model.embed_tokens.weight"], found["lm_head.weight"]
+    assert torch.equal(table, head) == alike
+    mean = sum(tied(seed)["lm_head.weight"] for seed in (10, 20)) / 2
+    assert torch.allclose(table, mean, atol=1e-5)
 
 
 # ---- Views ---------------------------------------------------------------------------------------

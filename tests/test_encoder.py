@@ -80,6 +80,16 @@ def test_packing_adds_the_noise_of_rounding(step: float, noise: float):
     assert len(file) < 60 * 80 * (2.6 - torch.tensor(step).log2()) / 8 + 1200
 
 
+def test_a_row_with_a_large_entry_gets_a_larger_unit():
+    """Whole numbers end at 127; with the usual unit an entry of fifteen times the mean would be cut."""
+    weights = {"w": normal(4, 400).float()}
+    weights["w"][2, 7] = 200.0
+    found = packed.unpack_alone(packed.pack_alone(weights, 0.03))["w"]
+    assert torch.allclose(found[2, 7], weights["w"][2, 7], rtol=0.01)
+    others = [0, 1, 3]
+    assert (found[others] - weights["w"][others]).abs().max() < 0.02 * weights["w"][others].std()
+
+
 def test_an_unchanged_tensor_stays_as_it_is():
     base = {"w": normal(5, 4).float(), "b": normal(5).float()}
     found = packed.unpack(base, packed.pack(base, base, 1.0))

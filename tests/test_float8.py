@@ -117,6 +117,15 @@ def test_what_is_not_understood_is_named(tmp_path: Path, more: dict, message: st
         )
 
 
+def test_tensors_are_of_the_type_that_the_merge_announces(tmp_path: Path):
+    base, task = (
+        dequantized(open_checkpoint(folder(tmp_path / n, "rows", i)[0])) for i, n in enumerate("ab")
+    )
+    merged = mp.Merged(base, [task])
+    assert {merged[name].dtype for name in merged} == {torch.bfloat16}
+    assert all(merged[name].dtype == merged.meta(name).dtype for name in merged)
+
+
 def test_a_scale_of_inputs_goes_too(tmp_path: Path):
     state = {"q.weight": normal(*SHAPE).float().to(FLOAT8), "q.weight_scale": torch.ones(()) / 4}
     save_file(state | {"q.input_scale": torch.ones(())}, tmp_path / "x.safetensors")

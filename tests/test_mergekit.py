@@ -101,6 +101,10 @@ def test_dare_drops_one_minus_density(tmp_path: Path, method: str, rule: str):
     [
         (config("slerp"), "merge_method 'slerp' is not read here"),
         (config("task_arithmetic", "filter: 1"), "parameters: 'filter' is not read"),
+        (
+            config("task_arithmetic").replace("{weight: 0.7}", "{weight: 0.7, normalize: true}"),
+            "one: 'normalize' is not read here",
+        ),
         (config("ties"), r"weight \(normalize: true\) \[0.7, 0.4\] must be the same"),
         (config("task_arithmetic", "rescale: true"), "rescale: true with task_arithmetic"),
         (

@@ -104,10 +104,28 @@ def wrapper(state: State, path: Path) -> Path:
     return path.with_suffix(".pt")
 
 
+def open_clip(state: State, path: Path) -> Path:
+    path.mkdir()
+    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 4}}))
+    save_file(state, path / "open_clip_model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def sentence_transformers(state: State, path: Path) -> Path:
+    hugging_face(state, path)
+    modules = [{"idx": 0, "name": "0", "path": ""}, {"idx": 1, "name": "1", "path": "1_Pooling"}]
+    (path / "modules.json").write_text(json.dumps(modules))
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    return path
+
+
 LAYOUTS: dict[str, Callable[[State, Path], Path]] = {
     "one file": one_file,
     "Hugging Face folder": hugging_face,
     "diffusers folder": diffusers,
+    "open_clip folder": open_clip,
+    "sentence-transformers folder": sentence_transformers,
     "shards": sharded,
     "bin shards": bin_shards,
     "state dict": state_dict,
@@ -213,8 +231,8 @@ def files(path: Path) -> list[Path]:
 # ---- The test ------------------------------------------------------------------------------------
 
 
-def outcome(base: Path, task: Path, output: Path) -> str:
-    """ "refused", or "right" where the output is the task; anything else fails."""
+def outcome(base: Path, task: Path, output: Path, wanted: State = TASK) -> str:
+    """Either "refused", or "right" where the output is the task; anything else fails."""
     recipe = mp.Recipe(rule="task_arithmetic", scale=1.0)
     message = refusal(lambda: mp.merge_files(base, {"task": task}, output, recipe, threads=1))
     if message is not None:
@@ -223,7 +241,7 @@ def outcome(base: Path, task: Path, output: Path) -> str:
         return "refused"
     found = dict(open_checkpoint(output))
     assert found.keys() == BASE.keys()
-    for name, x in TASK.items():
+    for name, x in wanted.items():
         assert torch.allclose(found[name], x, atol=1e-5), (
             f"{name} is not the task's, without a word"
         )
@@ -275,6 +293,33 @@ def test_damaged_files(layout: str, damage: Callable, where: str, tmp_path: Path
         assert seen == {"right"}
     if damage is cut_short or (damage is lost and not paths["base"].is_dir()):
         assert seen == {"refused"}
+
+
+FACTORS = {
+    "base_model.model.layers.0.lora_A.weight": normal(2, 4, seed=70).float(),
+    "base_model.model.layers.0.lora_B.weight": normal(6, 2, seed=71).float(),
+    "base_model.model.layers.1.lora_A.weight": normal(2, 6, seed=72).float(),
+    "base_model.model.layers.1.lora_B.weight": normal(4, 2, seed=73).float(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [*TENSORS, None], ids=lambda f: f.__name__ if f else "none")
+def test_damaged_adapters(damage: Callable | None, tmp_path: Path):
+    base, seen = hugging_face(BASE, tmp_path / "base"), set()
+    wanted = dict(BASE)
+    for layer in ("layers.0", "layers.1"):
+        a, b = (FACTORS[f"base_model.model.{layer}.lora_{side}.weight"] for side in "AB")
+        wanted[f"{layer}.weight"] = BASE[f"{layer}.weight"] + 2 * b @ a
+    for seed in range(8):
+        adapter = tmp_path / f"adapter{seed}"
+        adapter.mkdir()
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        factors = damage(FACTORS, random.Random(seed)) if damage else FACTORS
+        save_file(factors, adapter / "adapter_model.safetensors")
+        seen.add(outcome(base, adapter, tmp_path / f"out{seed}.safetensors", wanted))
+    assert seen == {"right" if damage in (widened, None) else "refused"}
 
 
 def test_damage_to_a_card_or_a_copy_does_not_reach_the_result(tmp_path: Path):

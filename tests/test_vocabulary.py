@@ -193,5 +193,31 @@ def test_tables_of_other_sizes_are_refused_with_the_way_on(
     words = ["merge", *map(str, folders.values()), "-o", str(tmp_path / "out")]
     assert main(words) == 2
     assert "--vocabulary union where a tokenizer only appends tokens" in capsys.readouterr().err
+    words = ["merge", *map(str, folders.values()), "-o", str(tmp_path / "one.safetensors")]
+    assert main([*words, "--vocabulary", "union"]) == 2
+    assert "needs its tokenizer beside the weights: give a folder" in capsys.readouterr().err
     with pytest.raises(mp.MergeError, match="needs the models' tokenizers: give model folders"):
         mp.Merged(weights(folders["base"]), [weights(folders["base"])], vocabulary="union")
+
+
+def test_a_table_that_one_task_lacks_is_made_of_the_others(
+    folders: dict[str, Path], tmp_path: Path
+):
+    def drop_head(name: str) -> None:
+        kept = {k: x for k, x in weights(folders[name]).items() if k != "lm_head.weight"}
+        save_file(kept, folders[name] / "model.safetensors")
+
+    base, two = (weights(folders[name])["lm_head.weight"] for name in ("base", "two"))
+    drop_head("one")
+    words = ["merge", *map(str, folders.values()), "--vocabulary", "union", "--missing", "base"]
+    del folders["one"]
+    renamed = [*words, "-o", str(tmp_path / "out")]
+    assert main(renamed) == 2, "no task holds a row for <x>, which is of the first alone"
+    tasks = [str(folders["base"]), str(tmp_path / "three"), str(folders["two"])]
+    folder(tmp_path / "three", "<y>", seed=30)
+    folders["three"] = tmp_path / "three"
+    drop_head("three")
+    assert main(["merge", *tasks, *words[4:], "--scale", "1", "-o", str(tmp_path / "out")]) == 0
+    found = weights(tmp_path / "out")["lm_head.weight"]
+    assert torch.allclose(found[5:], two[5:7], atol=1e-6)
+    assert torch.allclose(found[:5], base + two[:5] - base, atol=1e-5)
