@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import psutil
 import torch
 from safetensors.torch import save_file
 
@@ -70,24 +70,23 @@ def fine_tuned(base: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tens
     return tuned
 
 
-def anonymous_mb(pid: int) -> float:
-    """Anonymous resident memory of a process and those it started, in MB (Linux)."""
-    process = Path(f"/proc/{pid}")
-    found = re.search(r"RssAnon:\s+(\d+) kB", (process / "status").read_text())
-    children = (process / f"task/{pid}/children").read_text().split()
-    return (int(found[1]) / 1000 if found else 0.0) + sum(anonymous_mb(int(c)) for c in children)
+def anonymous_mb(process: psutil.Process) -> float:
+    """Anonymous resident memory of a process and those it started, in MB; all resident but on Linux."""
+    found = [one.memory_info() for one in (process, *process.children(recursive=True))]
+    return sum(info.rss - getattr(info, "shared", 0) for info in found) / 1e6
 
 
 def run(command: list[str]) -> dict[str, float]:
     """Wall time, and the largest anonymous memory."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    watched = psutil.Process(process.pid)
     samples = [0.0]
 
     def watch() -> None:
         while process.poll() is None:
-            with contextlib.suppress(OSError):  # a process may end while it is looked at
-                samples.append(anonymous_mb(process.pid))
+            with contextlib.suppress(psutil.Error):  # a process may end while it is looked at
+                samples.append(anonymous_mb(watched))
             time.sleep(0.02)
 
     thread = threading.Thread(target=watch)

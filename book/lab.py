@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import minipact as mp  # noqa: E402
 import tasks as zoo_tasks  # noqa: E402  lies in data/
 import zoo_io  # noqa: E402
+from check import check  # noqa: E402, F401  for fill-in cells
 
 TASKS = list(zoo_tasks.TASKS)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

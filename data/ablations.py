@@ -5,7 +5,7 @@
 
 Every dose of PACT meets random directions that take the same energy. Rows are as in the fair table, scale by
 validation data and hits on test data, and say which share of the energy a filter left; they lie in
-data/fair/shield.jsonl and data/fair/filter*.jsonl. Nothing is chosen from them.
+data/fair/shield.jsonl.gz and data/fair/filter*.jsonl.gz. Nothing is chosen from them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import fair_table
 import minipact as mp
 from benches import Bench, open_bench
 from controls import Rank, orthogonal
+from rows import path_of
 
 # One of PACT's settings changed at a time, from a whole shield to hardly any.
 DOSES: list[dict[str, Any]] = [
@@ -245,7 +246,7 @@ def main() -> None:
 
 def fill(bench: Bench, name: str, rows: Sequence[mp.Recipe]) -> None:
     """Measure what a file lacks, with test data."""
-    fair_table.fill(bench, fair_table.FOLDER / f"{name}.jsonl", rows, test=True)
+    fair_table.fill(bench, path_of(name), rows, test=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,8 @@ import controls  # noqa: F401  enters the controls into the registry
 import minipact as mp
 from benches import Bench, Hits, State, mean_accuracy, open_bench
 from minipact.methods import named_generator
+from rows import FOLDER, path_of, read, write
 
-FOLDER = Path(__file__).parent / "fair"
 KINDS = {"zoo0": "zoo", "zoo1": "zoo", "zoo2": "zoo", "encoder": "encoder"}
 UNSEEN = ("zoo1", "zoo2", "zoo3", "encoder_unseen")  # no part of the search for our own filter
 SEARCHED = ("zoo0", "encoder")  # models on which all settings are tried, on validation data
@@ -227,18 +226,6 @@ def packed(hits: Hits) -> dict[str, str]:
 # ---- Files ---------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file; none if there is no file yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace a file in one step, so that an interruption leaves the old one or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(part, path)
-
-
 def by_filter(recipes: Iterable[mp.Recipe]) -> Iterator[tuple[mp.Recipe, list[mp.Recipe]]]:
     """Recipes that share purifier and options, so that tasks are filtered once for them."""
     groups: dict[str, list[mp.Recipe]] = {}
@@ -273,7 +260,7 @@ def wanted_rows(name: str, stage: str) -> list[mp.Recipe]:
     if stage == "unseen":
         return unseen_rows()
     others = [n for n in SEARCHED if KINDS[n] != KINDS[name]]
-    rows = [row for other in others for row in read(FOLDER / f"{other}.jsonl")]
+    rows = [row for other in others for row in read(path_of(other, FOLDER))]
     found = [alone(rule, vectors) for rule in RULES for vectors in ("mean", "rule")]
     for filter_name in FILTERS:
         options = chosen(rows, filter_name)
@@ -306,7 +293,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     wanted = wanted_rows(arguments.model, arguments.stage)
-    path = arguments.out / f"{arguments.model}.jsonl"
+    path = path_of(arguments.model, arguments.out)
     fill(open_bench(arguments.model), path, wanted, arguments.stage != "settings")
 
 

@@ -7,7 +7,6 @@ gain([hits(behind)], [hits(alone)])   # points, with 95 % intervals over example
 from __future__ import annotations
 
 import base64
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm, t
 
+from rows import FOLDER, path_of, read
+
 Hits = Mapping[str, np.ndarray]
-FOLDER = Path(__file__).parent / "fair"
 TESTS = 500  # test examples of every task, of the zoos and of the encoder
 
 
@@ -77,8 +77,7 @@ def gain(behind: Sequence[Hits], alone: Sequence[Hits]) -> Gain:
 
 def load(model: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
     """Rows of a model that have test data."""
-    lines = (folder / f"{model}.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "hits" in row]
+    return [row for row in read(path_of(model, folder)) if "hits" in row]
 
 
 def alone(rows: Iterable[Mapping[str, Any]], rule: str) -> Mapping[str, Any]:

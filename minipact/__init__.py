@@ -6,20 +6,30 @@ from minipact.version import __version__
 
 ROOMS = {  # room -> names; __init__.pyi says the same to type checkers
     "checkpoints": "open_checkpoint",
-    "data_statistics": "fisher",
+    "compression": "compress",
+    "data_statistics": "fisher gradient_magnitudes input_covariances",
     "diagnostics": "ablate_subspace axis_profile hidden_interference intrusion_energy lbw_basis "
     "lbw_similarity random_subspace shield_basis singular_task_interference",
     "errors": "CheckpointError MergeError",
     "job": "merge_files recorded",
+    "least_squares": "fisher_merge pave regmean swudi",
     "lbw_weights": "LBWMasks benjamini_hochberg cohens_d enrichment lbw_mask overwrite permutation_test",
+    "lora": "Lora extract_lora to_lora",
+    "lora_files": "lora_files",
+    "measuring": "measure_file",
     "merging": "METHODS Merged Sweep merge sweep",
     "methods": "Method Walls ace dare iso_c iso_cts load_bearing_walls pact register sift "
     "task_arithmetic ties tsv_m wiener wudi",
     "output": "save_checkpoint",
-    "per_task": "tsv_compress tsv_decompress",
+    "per_task": "emr emr_decompress tall tall_decompress tsv_compress tsv_decompress",
     "recipe": "Recipe",
+    "statistics_files": "StatisticsFile open_statistics save_statistics",
     "steps": "Step default_policy",
+    "stored": "Served Stored open_stored",
+    "stored_files": "compress_files extract_file",
     "task_vectors": "TaskVector merged_delta task_vector",
+    "training": "Coefficients atlas atm_step masked talos_mask",
+    "whole_vector": "awd consensus knots tatr",
 }
 HOMES = {name: room for room, names in ROOMS.items() for name in names.split()}
 REPLACED = {  # names of 0.1.0 without a successor of the same kind

@@ -1,4 +1,4 @@
-"""Command line of minipact: `minipact merge BASE TASK... -o OUT`, `minipact xray`, `minipact methods`.
+"""Command line of minipact: `minipact merge BASE TASK... -o OUT`, `compress`, `statistics`, `xray` and more.
 
 Turns arguments into a Recipe and paths, and exceptions into one message and an exit code; the work is done
 in `minipact.job` and `minipact.xray`, which load when they are needed.
@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minipact.errors import CheckpointError, MergeError
+from minipact.lora_commands import add_extract_lora, add_save_modules, show_lora
+from minipact.measuring_commands import add_statistics, show_statistics
+from minipact.stored_commands import add_compress, add_extract, by_task, show
 from minipact.version import __version__
 
 if TYPE_CHECKING:
@@ -32,8 +35,11 @@ NO_MEMORY = "out of memory|can't allocate memory|Cannot allocate memory|unable t
 ENDINGS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 DTYPES = ("keep", "float32", "bfloat16", "float16", "float64")
 # What METHODS holds by the end; it takes torch to load, for which help does not wait.
-PURIFIERS = ("dare", "pact", "sift", "wiener")
-RULES = ("ace", "iso_c", "iso_cts", "task_arithmetic", "ties", "tsv_m", "wudi")
+PURIFIERS = ("awd", "dare", "pact", "pave", "sift", "tatr", "wiener")
+RULES = (
+    "ace", "consensus", "fisher_merge", "iso_c", "iso_cts", "knots", "regmean", "swudi", "task_arithmetic",
+    "ties", "tsv_m", "wudi",
+)  # fmt: skip
 
 
 class UsageError(ValueError):
@@ -123,6 +129,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(metavar="COMMAND")
     _add_merge(commands)
+    add_compress(commands, _compress, ENTRY)
+    add_extract(commands, _extract)
+    add_extract_lora(commands, _extract_lora, ENTRY)
+    add_statistics(commands, _statistics)
     _add_xray(commands)
     methods = commands.add_parser("methods", help="list rules and purifiers with their options")
     methods.set_defaults(run=_methods)
@@ -165,10 +175,14 @@ def _add_merge(commands: Any) -> None:
         help="biases, norms and all that is no matrix: rule (as published), mean (plain, unscaled), copy, or "
         "a factor of their sum (mean where a method acts on matrices, else rule)")  # fmt: skip
     add("--weights", metavar="W,W,...", help="factor of each task vector (1 each)")
+    add("--statistics", action="append", metavar="FILE", type=Path,
+        help="of a task's data, from minipact statistics, for methods that need one; matched to its task by "
+        "SHA-256, with --recipe too")  # fmt: skip
     add("--include", action="append", metavar="GLOB", help="merge only these tensors")
     add("--exclude", action="append", metavar="GLOB", help="copy these from the base")
     add("--policy", action="append", metavar="GLOB=KIND",
-        help="treat tensors as matrix, matrix_T (stored for x @ W), vector or copy")  # fmt: skip
+        help="treat tensors as matrix, matrix_T (stored for x @ W), stack or stack_T (of such [E, m, n]), vector "
+        "or copy")  # fmt: skip
     add("--missing", choices=("error", "base", "present"),
         help="tensors that a model lacks: refused; as in the base; or merged from the models that hold them "
         "(error)")  # fmt: skip
@@ -186,6 +200,10 @@ def _add_merge(commands: Any) -> None:
     add("--score", metavar="COMMAND",
         help="rates a candidate, its path in place of {}, by the number it prints last; higher is "
         "better")  # fmt: skip
+    add("--lora-rank", type=int, metavar="R",
+        help="write what is added to the base as a LoRA adapter of this rank, for PEFT; what is lost "
+        "is printed")  # fmt: skip
+    add_save_modules(add)
     add("--base-model", metavar="ID", help="for the model card (what the inputs' cards agree on)")
     add("--license", metavar="ID", help="likewise")
     add("--max-shard-size", default="5GB",
@@ -219,6 +237,7 @@ def _add_xray(commands: Any) -> None:
     add("--tol", type=float, default=1e-3, help="of the bases (%(default)s)")
     add("--svd", choices=("exact", "randomized"), default="exact",
         help="randomized is faster on large matrices (%(default)s)")  # fmt: skip
+    add("--wiener", action="store_true", help="also what the purifier wiener would remove; slow")
     add("--include", action="append", metavar="GLOB", help="only these tensors")
     add("--exclude", action="append", metavar="GLOB", help="leave these out")
     add("--entry", metavar="KEY", help=ENTRY)
@@ -314,8 +333,11 @@ def _merge(arguments: argparse.Namespace) -> int:
     parse_size(arguments.max_shard_size)
     device, scales = _device(arguments.device), _scales(arguments)
     tasks, recipe, notes, entry = _tasks_and_recipe(arguments, device)
+    statistics = arguments.statistics or []
+    if arguments.lora_rank is not None or arguments.save_modules:
+        return _to_lora(arguments, tasks, recipe, notes, entry, device)
     if arguments.dry_run:
-        job = open_job(arguments.base, tasks, recipe, device, entry)
+        job = open_job(arguments.base, tasks, recipe, device, entry, statistics)
         if distributed.rank() == 0:
             _show_plan(arguments, job, notes)
         return 0
@@ -335,6 +357,7 @@ def _merge(arguments: argparse.Namespace) -> int:
             entry=entry,
             base_model=arguments.base_model,
             license=arguments.license,
+            statistics=statistics,
             progress=progress,
         )
     arguments.written = True
@@ -574,6 +597,122 @@ def _show(arguments: argparse.Namespace, summary: Mapping[str, Any]) -> None:
     print(f"wrote {arguments.output} ({size:.1f} MB) in {seconds:.1f} s{memory}")
 
 
+# ---- minipact merge --lora-rank, minipact extract-lora --------------------------------------------
+
+
+def _to_lora(
+    arguments: argparse.Namespace,
+    tasks: Tasks,
+    recipe: Recipe,
+    notes: list[str],
+    entry: str | None,
+    device: str,
+) -> int:
+    """A merge written as an adapter."""
+    from minipact.lora_files import lora_files
+
+    if arguments.lora_rank is None:
+        raise UsageError("--save-modules is for adapters: give --lora-rank too")
+    if clash := [name for name in ("resume", "dry_run", "scales") if getattr(arguments, name)]:
+        names = " ".join(f"--{name.replace('_', '-')}" for name in clash)
+        raise UsageError(f"--lora-rank does not go with {names}: leave it out")
+    with _progress(arguments) as progress:
+        summary = lora_files(
+            arguments.base, tasks, arguments.output, arguments.lora_rank, recipe,
+            save_modules=arguments.save_modules, device=device, threads=arguments.threads,
+            overwrite=arguments.overwrite, entry=entry, base_model=arguments.base_model,
+            license=arguments.license, statistics=arguments.statistics or [], progress=progress,
+        )  # fmt: skip
+    arguments.written = True
+    summary["notes"] += notes
+    show_lora(arguments, summary)
+    return 0
+
+
+def _extract_lora(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from minipact.lora_files import lora_files
+    from minipact.recipe import Recipe
+
+    _check_threads(arguments.threads)
+    torch.set_num_threads(1)  # each tensor gets one, as in a merge
+    recipe = Recipe(
+        scale=1.0, vectors="rule", include=tuple(arguments.include or ()),
+        exclude=tuple(arguments.exclude or ()), missing=arguments.missing,
+        rename=tuple(_rename(arguments.rename or [])), dtype=arguments.dtype, seed=arguments.seed,
+    )  # fmt: skip
+    with _progress(arguments) as progress:
+        summary = lora_files(
+            arguments.base, _named([arguments.tuned]), arguments.output, arguments.rank, recipe,
+            save_modules=arguments.save_modules, svd=arguments.svd,
+            device=_device(arguments.device), threads=arguments.threads,
+            overwrite=arguments.overwrite, entry=arguments.entry,
+            base_model=arguments.base_model, license=arguments.license, progress=progress,
+        )  # fmt: skip
+    arguments.written = True
+    show_lora(arguments, summary)
+    return 0
+
+
+# ---- minipact compress, minipact extract ---------------------------------------------------------
+
+
+def _compress(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from minipact.stored_files import compress_files
+
+    _check_threads(arguments.threads)
+    torch.set_num_threads(1)  # each tensor gets one, as in a merge
+    options = {
+        method: {option: by_task(value) for option, value in given.items()}
+        for method, given in _options(arguments.set or []).items()
+    }
+    with _progress(arguments) as progress:
+        summary = compress_files(
+            arguments.base, _named(arguments.tasks), arguments.output, rule=arguments.rule,
+            options=options, with_base=not arguments.without_base, include=arguments.include,
+            exclude=arguments.exclude, missing=arguments.missing,
+            rename=tuple(_rename(arguments.rename or [])), seed=arguments.seed,
+            device=_device(arguments.device), threads=arguments.threads,
+            overwrite=arguments.overwrite, entry=arguments.entry, progress=progress,
+        )  # fmt: skip
+    arguments.written = True
+    show(arguments, summary)
+    return 0
+
+
+def _extract(arguments: argparse.Namespace) -> int:
+    from minipact.stored_files import extract_file
+
+    summary = extract_file(
+        arguments.file, arguments.task, arguments.output, base=arguments.base,
+        max_shard_size=arguments.max_shard_size, overwrite=arguments.overwrite,
+    )  # fmt: skip
+    arguments.written = True
+    show(arguments, summary)
+    return 0
+
+
+# ---- minipact statistics -------------------------------------------------------------------------
+
+
+def _statistics(arguments: argparse.Namespace) -> int:
+    from minipact.measuring import measure_file
+
+    summary = measure_file(
+        arguments.kind, arguments.model, arguments.data, arguments.output, loader=arguments.loader,
+        architecture=arguments.architecture, head=arguments.head, text=arguments.text,
+        task=arguments.task, labels=arguments.labels, samples=arguments.samples,
+        batch=arguments.batch, seed=arguments.seed, device=_device(arguments.device),
+        overwrite=arguments.overwrite,
+    )  # fmt: skip
+    arguments.written = True
+    show_statistics(arguments, summary)
+    return 0
+
+
 # ---- minipact xray -------------------------------------------------------------------------------
 
 
@@ -599,8 +738,8 @@ def _xray(arguments: argparse.Namespace) -> int:
     with _progress(arguments) as progress:
         report = xray(
             base, tasks, core=_value(arguments.core), task=_value(arguments.task), tol=arguments.tol,
-            svd=arguments.svd, include=arguments.include, exclude=arguments.exclude, device=device,
-            seed=arguments.seed, progress=progress,
+            svd=arguments.svd, wiener=arguments.wiener, include=arguments.include,
+            exclude=arguments.exclude, device=device, seed=arguments.seed, progress=progress,
         )  # fmt: skip
     report |= {"base": str(arguments.base), "given": arguments.tasks, "entry": arguments.entry}
     if arguments.output is not None:
@@ -624,6 +763,7 @@ SCOPES = {"matrix": "matrices", "tensor": "all tensors", "entries": "all tensors
 
 def _methods(arguments: argparse.Namespace) -> int:
     from minipact.merging import METHODS
+    from minipact.methods import STATISTICS
 
     rows: list[dict[str, Any]] = [
         {
@@ -633,6 +773,7 @@ def _methods(arguments: argparse.Namespace) -> int:
             "source": method.source,
             "acts_on": SCOPES[method.acts_on],
             "options": method.options,
+            "statistics": [need for need in method.needs if need in STATISTICS],
             "scale": dict(method.scale),
         }
         for method in sorted(METHODS.values(), key=lambda method: method.kind)
@@ -644,6 +785,8 @@ def _methods(arguments: argparse.Namespace) -> int:
         options = ", ".join(f"{key}={value}" for key, value in row["options"].items()) or "none"
         print(f"{row['name']} ({row['kind']}, on {row['acts_on']})\n  {row['summary']}")
         print(f"  options: {options}\n  source: {row['source']}")
+        if row["statistics"]:
+            print(f"  statistics of data: {', '.join(row['statistics'])} (minipact statistics)")
         if row["scale"]:
             print(f"  recommended scale: {_scales_in_words(row['scale'])}")
     return 0

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minipact.alignment import is_vocabulary_table, unwrapped
 from minipact.checkpoints import Checkpoint, open_checkpoint
 from minipact.errors import CheckpointError, listing
+from minipact.layouts import ADAPTER as CONFIG
 from minipact.layouts import PICKLES, read_json
 from minipact.peft_settings import MERGE_INSTEAD, Settings, read_settings
+from minipact.quantized import packings
 
-CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 Place = tuple[Checkpoint, str]  # where a tensor stands: a file, and its key there
 Renames = tuple[tuple[str, str], ...]  # (old, new) beginnings of names
@@ -51,6 +53,7 @@ class Adapter(Mapping[str, Tensor]):
     Attributes:
         path, files, layout, aliases: as in `Checkpoint`.
         heads: names of the heads that were trained with it and that the base lacks.
+        changed: names of the tensors that it changes.
         notes: what the user should know.
     """
 
@@ -71,6 +74,7 @@ class Adapter(Mapping[str, Tensor]):
         self.aliases = {a: n for a, n in base.aliases.items() if not changed & {a, n}}
         self._base, self._stored, self._factors, self._replaced = base, stored, factors, replaced
         self._names = dict.fromkeys([*base, *replaced])
+        self.changed = frozenset(changed)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -155,7 +159,11 @@ def adapter_files(path: Path) -> list[Path]:
     """
     found = [path / name for name in WEIGHTS if (path / name).is_file()]
     if not found:
-        raise CheckpointError(f"{path} holds {CONFIG} but no {WEIGHTS[0]}: fetch it again")
+        what = f"{path} holds {CONFIG} but no {WEIGHTS[0]}"
+        if any(file.suffix in (".safetensors", *PICKLES) for file in path.iterdir()):
+            what += f": if its weights are a merged model, move {CONFIG} elsewhere, else"
+            raise CheckpointError(f"{what} fetch the adapter again")
+        raise CheckpointError(f"{what}: fetch it again")
     return [path / CONFIG, found[0], *_beside(path)]
 
 
@@ -169,6 +177,7 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
     _, weights, *beside = adapter_files(path)
     stored = open_checkpoint(weights)
     pairs, whole = _sorted_tensors(stored, weights)
+    _refuse_packed(pairs, base, path)
     layers, renames = _layers_of(pairs, stored, base, path)
     replaced: dict[str, Place] = {}
     for name, key in whole.items():
@@ -199,7 +208,6 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?"
 )
-_WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _WHOLE = re.compile(r"\.(base_layer|modules_to_save(\.default)?)\.")
 
 
@@ -247,7 +255,7 @@ def _sorted_tensors(stored: Checkpoint, weights: Path) -> tuple[dict[str, _Pair]
 
 
 def _without_wrappers(key: str) -> str:
-    return _WRAPPERS.sub("", key).removeprefix("base_model.model.")
+    return unwrapped(key).removeprefix("base_model.model.")
 
 
 def _twice(name: str, file: Path) -> CheckpointError:
@@ -341,6 +349,17 @@ def _layers_of(
     return layers, tuple(sorted(set(chosen.values()), reverse=True))
 
 
+def _refuse_packed(modules: Iterable[str], base: Checkpoint, path: Path) -> None:
+    """Raise CheckpointError where the base holds a layer of the adapter in packed numbers."""
+    packed = {_end(module): packing for module, packing in packings(base).items()}
+    for module in modules:
+        if packing := packed.get(_end(module)):
+            what = f"{path} acts on '{module}', which the base {base.path} holds packed by {packing.tool}"
+            raise CheckpointError(
+                f"{what}: {packing.way}, or give the model that it was packed from"
+            )
+
+
 def _beginnings(
     strange: list[str], known: Mapping[str, str], fits: Fits, strict: bool
 ) -> dict[str, set[tuple[str, str]]]:
@@ -412,6 +431,11 @@ def _stranger(
     base: Checkpoint,
 ) -> CheckpointError:
     """The error for layers that the base lacks."""
+    if all(is_vocabulary_table(f"{module}.weight") for module in lost):
+        return CheckpointError(
+            f"{path} acts on {listing(lost)}, which the base lacks, as it ties it to its token table: save "
+            "the base with tie_word_embeddings=False and a copy of the table in its place, and give that"
+        )
     named = f"{path} acts on {listing(f'{module}.weight' for module in lost)}, which the base lacks"
     if 2 * len(lost) <= len(pairs):
         return CheckpointError(f"{named}, though it has the others: {MERGE_INSTEAD}")
@@ -483,12 +507,13 @@ def _readings(pair: _Pair, stored: Checkpoint, weight: Tensor) -> tuple[bool, ..
 
 def _fits(a: Tensor, b: Tensor, weight: Tensor, transposed: bool) -> bool:
     """Whether B @ A, or its transpose, is of the weight's shape; kernels count as columns."""
-    if a.ndim < 2 or b.ndim < 2 or weight.ndim < 2 or b[0].numel() != a.shape[0]:
+    sizes = [x.shape[1:].numel() for x in (a, b, weight)]
+    if a.ndim < 2 or b.ndim < 2 or weight.ndim < 2 or sizes[1] != a.shape[0]:
         return False
-    shape = [b.shape[0], a[0].numel()]
+    shape = [b.shape[0], sizes[0]]
     if transposed:
         shape.reverse()
-    return shape == [weight.shape[0], weight[0].numel()]
+    return shape == [weight.shape[0], sizes[2]]
 
 
 def _misfit(
@@ -511,6 +536,14 @@ def _two_readings(
         f"transpose, as a Conv1D; fan_in_fan_out={told} of {CONFIG} is that of the last layer only: "
         f"{file}{MERGE_INSTEAD}"
     )
+
+
+def is_conv1d(module: str, base: Path) -> bool | None:
+    """Whether a layer of a base is transformers' Conv1D, [in, out]; None where no config.json tells."""
+    kinds = _architecture(base)
+    if not kinds:
+        return None
+    return bool(kinds & _WITH_CONV1D) and module.rpartition(".")[2] in _CONV1D
 
 
 def _architecture(base: Path) -> set[str]:
@@ -643,17 +676,19 @@ _FUSE = (
 )
 # Kinds by their tensors' names, in the order to look for them: (names, what it is, the way on).
 _LOOSE = (
-    (r".*\.(hada_w\d_[ab]|lokr_w\d(_[ab])?|oft_(blocks|diag)|lokr_t2|hada_t\d|on_input)",
+    (r".*\.(hada_w\d_[ab]|lokr_w\d(_[ab])?|oft_(blocks|diag)|lokr_t2|hada_t\d|on_input|[wb]_norm)|"
+     r"lora_\w+\.(diff(_b)?|[ab][12]\.weight)",
      "a LyCORIS network", "merge it into its base with LyCORIS' tools/merge.py and give the result"),
     (r"lora_(unet|te\d?|transformer|prior|text_encoder)\w*\.(lora_(down|up)(\.weight)?|alpha|dora_scale)",
      "a LoRA in Kohya's format", _FUSE),
-    (r"(.+[._])?(lora_(down|up)|lora\.(down|up)|lora_linear_layer\.(down|up))(\.weight)?",
+    (r"(.+[._])?(lora_(down|up)|lora\d?\.(down|up)|lora_linear_layer\.(down|up))(\.weight)?",
      "a LoRA in diffusers' or Kohya's format", _FUSE),
     (r"(unet|text_encoder(_\d)?|transformer(_\d)?|prior|diffusion_model)\.(?!h\.\d).*\.lora_[AB](\..*)?",
      "a LoRA in diffusers' format", _FUSE),
     (r".*\.lora_(embedding_)?[AB](\..*)?|.*\.lora_magnitude_vector(\..*)?",
      "the tensors of a PEFT adapter", ""),
     (r".*\.lora_[ab]", "an MLX adapter", "fuse it with mlx_lm.fuse and give the result"),
+    (r".*\.lora_[ab]\.weight", "an adapter of torchtune", "give the adapter that it saves for PEFT"),
 )  # fmt: skip
 
 
@@ -666,6 +701,15 @@ def refuse_loose_lora(task: Checkpoint, base: Checkpoint) -> None:
             raise CheckpointError(
                 f"{task.path} holds {what}, as '{found}' shows, and no model: {way or _whole(task)}"
             )
+
+
+def refuse_adapter_as_base(base: Checkpoint) -> None:
+    """Raise CheckpointError where a base is nothing but the adapter of some base."""
+    if {file.name for file in base.files} <= {*WEIGHTS}:
+        raise CheckpointError(
+            f"{base.path} is an adapter, and no base: give the model that it was trained on, and this "
+            "as a task"
+        )
 
 
 def _whole(task: Checkpoint) -> str:

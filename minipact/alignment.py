@@ -12,40 +12,46 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minipact.errors import MergeError, listing
-from minipact.tensors import State, States, meta_of
+from minipact.quantized import packed_apart, packing_of
+from minipact.tensors import State, States, equal, meta_of
 
 Touches = Callable[[str, Tensor], bool]
 Pairs = Iterable[tuple[str, str]]
 # Tables and counters that a model can make anew, and which no merge touches.
 _BUFFERS = re.compile(
     r"(^|\.)(position_ids|token_type_ids|num_batches_tracked|relative_position_index|relative_coords_table"
-    r"|(original_)?inv_freq|(cos|sin)_cached|freqs_cis|masked_bias|(attn|causal)_mask|_extra_state)$"
+    r"|(original_)?inv_freq|(cos|sin)_cached|freqs_(cis|cos|sin)|rope\.freqs|embed_positions\.(weights|_float_tensor)"
+    r"|masked_bias|(attn|causal)_mask|_extra_state)$"
 )
 _CAUSAL = re.compile(r"(^|\.)(attn|attention)\.bias$")  # GPT's masks; in other models a true bias
+# What training puts around modules, and so into names.
+_WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+_LINES = 8  # of one kind in a message
 # Tensors with a row, or an entry, for every token.
 _TABLES = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|token_embedding)\.weight$"
 )
 _HEADS = re.compile(r"(^|\.)(lm_head|embed_out|predictions\.decoder|output_projection)\.weight$")
 _BIASES = re.compile(r"(^|\.)(lm_head|predictions|predictions\.decoder)\.bias$")
-# A fused layer, and the layers that it holds side by side.
+# A fused layer, and one of the layers that it holds side by side.
 _FUSED = (
     (
-        ("qkv_proj", "Wqkv", "query_key_value", "in_proj", "qkv", "c_attn"),
+        ("qkv_proj", "Wqkv", "query_key_value", "in_proj", "qkv", "c_attn", "to_qkv"),
         ("q_proj", "query", "to_q", "q"),
     ),
+    (("kv_proj", "key_value", "kv", "to_kv"), ("k_proj", "key", "to_k", "k")),
     (("gate_up_proj",), ("gate_proj",)),
 )
+_STACKED = (re.compile(r"(.*\.)?experts\.(?!\d+\.).+"), re.compile(r"(.*\.)?experts\.\d+\..+"))
 
 
 def is_buffer(name: str, tensor: Tensor) -> bool:
     """Whether a tensor is a known index or position table, a mask, or a counter."""
     counter = tensor.numel() == 1 and not tensor.is_floating_point()
-    mask = _CAUSAL.search(name) and not tensor.is_floating_point()
+    mask = _CAUSAL.search(name) and (not tensor.is_floating_point() or tensor.ndim == 4)
     return bool(counter or mask or _BUFFERS.search(name))
 
 
@@ -55,21 +61,26 @@ def is_packed(name: str, tensor: Tensor) -> bool:
     return whole and not is_buffer(name, tensor)
 
 
-def other_numbers(name: str, label: str, tensor: Tensor) -> MergeError:
+def other_numbers(name: str, label: str, base: State) -> MergeError:
     """The error for whole numbers that differ between base and task."""
-    what = f"'{name}' of task '{label}' holds other {tensor.dtype} numbers than the base"
-    remedy = (
-        "unpack quantized weights (GPTQ, AWQ, bitsandbytes) first, with dequantize() of transformers' "
-        "models or the tool that packed them, or exclude it to keep the base's"
+    what = (
+        f"'{name}' of task '{label}' holds other {meta_of(base, name).dtype} numbers than the base"
     )
-    return MergeError(f"{what}, and whole numbers cannot be merged: {remedy}")
+    packing = packing_of(base, name)
+    if packing is None:
+        remedy = "if they are quantized weights, unpack them first with the tool that packed them"
+    else:
+        remedy = f"it is packed by {packing.tool}: {packing.way}"
+    return MergeError(
+        f"{what}, and whole numbers cannot be merged: {remedy}; or exclude it to keep the base's"
+    )
 
 
 def refuse_disagreement(name: str, holders: States) -> None:
     """Raise MergeError unless all holders of a tensor that the base lacks agree bit for bit."""
     (first, model), *others = holders.items()
     for label, task in others:
-        if not torch.equal(model[name], task[name]):
+        if not equal(model[name], task[name]):
             both = f"'{name}' of task '{label}' and of task '{first}' differ"
             raise MergeError(f"{both}, and the base lacks it: exclude it, or take missing='base'")
 
@@ -77,6 +88,11 @@ def refuse_disagreement(name: str, holders: States) -> None:
 def is_vocabulary_table(name: str) -> bool:
     """Whether a tensor has a row, or an entry, for every token of the vocabulary."""
     return any(known.search(name) for known in (_TABLES, _HEADS, _BIASES))
+
+
+def is_table(name: str) -> bool:
+    """Whether a tensor is a table of tokens at the input, to which a head may be tied."""
+    return bool(_TABLES.search(name))
 
 
 def twins(base: State, tasks: Iterable[State]) -> dict[str, str]:
@@ -94,12 +110,32 @@ def twins(base: State, tasks: Iterable[State]) -> dict[str, str]:
     }
 
 
+def loosened(base: State, written: Iterable[str], aliases: Mapping[str, str]) -> list[str]:
+    """Heads that a base ties to its token table, and that an output has for themselves.
+
+    Args:
+        base: of a model whose configuration ties input and output embeddings.
+        written: names in the output. aliases: second copies that are still one with their table.
+    """
+    copies = [name for name in twins(base, []) if name not in aliases]
+    has_table = any(_TABLES.search(name) for name in base)
+    new = [name for name in written if name not in base and _HEADS.search(name)]
+    return [*copies, *(new if has_table else [])]
+
+
+def own_twins(task: State, base: State) -> list[str]:
+    """Second copies of a token table that a task stores, and the base does not."""
+    tables = [name for name in task if name in base and is_table(name)]
+    new = [n for n in task if n not in base and (is_table(n) or _HEADS.search(n))]
+    return [name for name in new if tables and _agree(task, name, tables[0])]
+
+
 def _agree(state: State, one: str, other: str) -> bool:
     """Whether two names stand for one tensor, as far as a model holds both."""
     if one not in state or other not in state:
         return one not in state
     same = meta_of(state, one).shape == meta_of(state, other).shape
-    return same and torch.equal(state[one], state[other])
+    return same and equal(state[one], state[other])
 
 
 class View(Mapping[str, Tensor]):
@@ -197,15 +233,19 @@ def aligned(
         if not any(n.startswith(old) and n not in base for task in tasks.values() for n in task):
             raise MergeError(f"rename: '{old}' begins no name of any task that the base lacks")
     named = {label: _renamed(task, rename, base) for label, task in tasks.items()}
-    for label, task in named.items():
-        named[label], note = _without_prefix(label, task, base)
-        notes += note
+    for label in named:
+        for step in (_without_prefix, _without_wrappers, _without_prefix):
+            named[label], note = step(label, named[label], base)
+            notes += note
     found = _compared(base, named, touches)
-    problems = [text for label, task in named.items() for text in _unlike(label, task, base, found)]
-    if missing == "error":
-        problems += [text for label, task in named.items() for text in _lacks(label, task, found)]
+    problems = [
+        text
+        for label, task in named.items()
+        for text in _problems(label, task, base, found, missing == "error")
+    ]
     if problems:
         raise MergeError("\n".join(problems))
+    notes += _beyond(base, named)
     if missing == "present":
         return _by_holders(base, named, found, notes)
     filled = {label: _filled(label, task, base, found, notes) for label, task in named.items()}
@@ -254,6 +294,25 @@ def _renamed(task: State, rename: tuple[tuple[str, str], ...], base: State) -> S
     return View(places)
 
 
+def unwrapped(name: str) -> str:
+    """A name without what FSDP, checkpointing and torch.compile put into it."""
+    return _WRAPPERS.sub("", name)
+
+
+def _without_wrappers(label: str, task: State, base: State) -> tuple[State, list[str]]:
+    """A task whose names differ from the base's by wrappers around modules, under the base's names."""
+    plain = {unwrapped(name): name for name in base}
+
+    def new(name: str) -> str:
+        return name if name in base else plain.get(unwrapped(name), unwrapped(name))
+
+    places = {new(name): (task, name) for name in task}
+    if len(places) < len(task) or places.keys() == task.keys():
+        return task, []
+    how = "wrappers, such as _orig_mod, in its tensors' names are as the base has them"
+    return View(places), [f"task '{label}': {how}"]
+
+
 def _without_prefix(label: str, task: State, base: State) -> tuple[State, list[str]]:
     """A task whose names all differ from the base's by one beginning, under the base's names."""
     if 2 * sum(name in base for name in task) >= min(len(task), len(base)):
@@ -296,8 +355,21 @@ def _beginnings(long: State, short: State) -> Iterator[str]:
 # ---- What does not fit ---------------------------------------------------------------------------
 
 
+def _problems(label: str, task: State, base: State, found: _Compared, is_whole: bool) -> list[str]:
+    """What keeps a task from being compared with the base, and the way on; is_whole: it may lack nothing."""
+    lacking, extra = found.lacking[label], found.extra[label]
+    module, kinds, way = packed_apart(base, task, [*found.wanted, *extra])
+    if module:
+        packed = f"task '{label}': the weight of '{module}' is {kinds}"
+        return [f"{packed}: {way}, or exclude such weights to keep the base's"]
+    if layouts := _fused_and_split(lacking, extra):
+        what = f"task '{label}' and the base hold the same layers in different layouts, {layouts}"
+        return [f"{what}: save both with the same version of their library, and merge those"]
+    return _unlike(label, task, base, found) + (_lacks(label, task, found) if is_whole else [])
+
+
 def _unlike(label: str, task: State, base: State, found: _Compared) -> list[str]:
-    """Tensors to merge of another shape or kind than the base's, one line each."""
+    """Tensors to merge of another shape or kind than the base's, one line each; eight of them at most."""
     problems = []
     for name in found.wanted:
         if name not in task:
@@ -310,6 +382,9 @@ def _unlike(label: str, task: State, base: State, found: _Compared) -> list[str]
         if is_vocabulary_table(name):
             remedy += "; --vocabulary union where a tokenizer only appends tokens"
         problems.append(f"task '{label}': '{name}' is {given}: {remedy}")
+    if len(problems) > _LINES:
+        doubt = ": is it tuned from this base?" if 2 * len(problems) > len(found.wanted) else ""
+        problems[_LINES:] = [f"task '{label}': {len(problems) - _LINES} more are unlike{doubt}"]
     return problems
 
 
@@ -327,9 +402,6 @@ def _lacks(label: str, task: State, found: _Compared) -> list[str]:
         return [
             f"task '{label}' lacks all that is to be merged, {names}: is it tuned from this base?"
         ]
-    if layouts := _fused_and_split(lacking, extra):
-        what = f"task '{label}' and the base hold the same layers in different layouts, {layouts}"
-        return [f"{what}: save both with the same version of their library, and merge those"]
     problems = []
     if lacking:
         doubt = ", if it is tuned from this base" if 2 * len(lacking) > len(wanted) else ""
@@ -349,6 +421,12 @@ def _fused_and_split(lacking: list[str], extra: list[str]) -> str:
             parts = [name for name in other if _holds(name, split)]
             if whole and parts:
                 return f"'{whole[0]}' in one piece and '{parts[0]}' apart"
+        stacks, experts = (
+            [n for n in side if pattern.fullmatch(n)]
+            for side, pattern in zip((one, other), _STACKED, strict=True)
+        )
+        if stacks and experts:
+            return f"'{stacks[0]}' in one piece and '{experts[0]}' apart"
     return ""
 
 
@@ -359,6 +437,16 @@ def _holds(name: str, layers: Iterable[str]) -> bool:
 
 
 # ---- What becomes of tensors that a model lacks --------------------------------------------------
+
+
+def _beyond(base: State, tasks: States) -> list[str]:
+    """Notes on whole numbers that the base lacks, which no merge touches."""
+    notes = []
+    for label, task in tasks.items():
+        if new := [n for n in task if n not in base and is_packed(n, meta_of(task, n))]:
+            why = "as the base lacks it and whole numbers are not merged"
+            notes.append(f"task '{label}': {listing(new)} left out, {why}")
+    return notes
 
 
 def _filled(label: str, task: State, base: State, found: _Compared, notes: list[str]) -> State:

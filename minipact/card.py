@@ -113,6 +113,8 @@ def _repeating(recipe: Mapping[str, Any]) -> str:
         return f"It cannot be repeated from this card: {recipe['not repeatable']}."
     named = [("--purify", name) for name in recipe["purify"]] + [("--rule", recipe["rule"])]
     code = "".join(f" {option} {name}" for option, name in named if ":" in name)
+    for sums in recipe.get("statistics", {}).values():
+        code += " --statistics FILE" * len(sums)
     command = f"minipact merge BASE TASK... -o OUT --recipe {CARD}{code}"
     return f"The same again, from the same files wherever they are:\n\n```\n{command}\n```"
 

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minipact.contents import strange_content
 from minipact.errors import CheckpointError
 from minipact.layouts import INDEX as INDEX
 from minipact.layouts import JOURNAL as JOURNAL
@@ -85,6 +86,12 @@ class Checkpoint(Mapping[str, Tensor]):
         other = copy(self)
         other._readers = {name: read for name, read in self._readers.items() if name not in names}
         other.aliases = {alias: name for alias, name in self.aliases.items() if alias not in names}
+        return other
+
+    def noted(self, note: str) -> Checkpoint:
+        """The same checkpoint with one more note."""
+        other = copy(self)
+        other.notes = [*self.notes, note]
         return other
 
     def replaced(
@@ -156,6 +163,9 @@ def _open_part(path: Path, part: Part, entry: str | None) -> Checkpoint:
     files, ending = list(part.files), part.files[0].suffix
     if any(file.suffix != ending for file in files):
         raise CheckpointError(f"{part.index} names files of several formats: fetch it again")
+    for file in files:
+        if what := strange_content(file):
+            raise CheckpointError(f"{file} {what}")
     if ending == ".safetensors":
         layout = "safetensors file" if path.is_file() else "folder with one safetensors file"
         if part.index is not None and len(files) > 1:

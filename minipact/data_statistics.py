@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,38 +63,68 @@ def fisher(
     if mean_first and labels == "expected":
         # The expected gradient of a log-likelihood is zero for every sample, whatever the model.
         raise MergeError("labels='expected' has no batch_mean_square: it would be zero everywhere")
+    return _mean_over_samples(model, batches, labels, chunk, generator, Tensor.square, mean_first)
+
+
+def gradient_magnitudes(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    labels: str = "empirical",
+    chunk: int = 32,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Mean over samples of |d log p(y|x) / d theta_i|, the magnitude taken for every sample.
+
+    At the base, on a task's data, it is what TATR weighs: the statistic "gradient" of a merge. Source: Sun et
+    al. 2025 (arXiv 2501.15065), who take 128 samples a task. Arguments, result and errors as in `fisher`.
+    """
+    check_known("labels", [labels], LABELS)
+    return _mean_over_samples(model, batches, labels, chunk, generator, Tensor.abs, False)
+
+
+def _mean_over_samples(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    labels: str,
+    chunk: int,
+    generator: torch.Generator | None,
+    of: Callable[[Tensor], Tensor],
+    mean_first: bool,
+) -> dict[str, Tensor]:
+    """Mean over samples of a function of their gradients; see `_batch_sums`."""
     if chunk < 1:
         raise MergeError(f"chunk={chunk}: must be at least 1")
-    parameters = {name: _lift(p.detach()) for name, p in model.named_parameters()}
+    parameters = {name: lifted(p.detach()) for name, p in model.named_parameters()}
     if not parameters:
         raise MergeError("the model has no parameters")
 
     device = next(iter(parameters.values())).device
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     count = 0
-    with _evaluation(model):
+    with evaluation(model):
         for batch in batches:
-            x, given = _on_device(batch, device)
+            x, given = on_device(batch, device)
             answers = _answers(model, parameters, x, given, labels, generator)
-            sums = _batch_sums(model, parameters, x, answers, chunk, mean_first)
+            sums = _batch_sums(model, parameters, x, answers, chunk, of, mean_first)
             for name, s in sums.items():
                 total[name] += s
             count += len(x)
     if count == 0:
-        raise MergeError("no batches: the Fisher information needs at least one sample")
+        raise MergeError("no batches: statistics need at least one sample")
     bad = [name for name, f in total.items() if not torch.isfinite(f).all()]
     if bad:
         raise MergeError(f"gradients of {listing(bad)} are not finite: check weights and inputs")
     return {name: f / count for name, f in total.items()}
 
 
-def _lift(x: Tensor) -> Tensor:
+def lifted(x: Tensor) -> Tensor:
     """Half types in float32: squares of their gradients would underflow."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
     """Eval mode and plain attention inside; every module's mode as found outside."""
     # Imported here, so that a torch that lacks it can do everything else.
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -108,7 +140,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _on_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def on_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Inputs, lifted from half types like the weights are, and labels if there are any."""
     y: Tensor | None = None
     if isinstance(batch, Tensor):
@@ -118,18 +150,18 @@ def _on_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | Non
     if x.ndim == 0 or len(x) == 0:
         raise MergeError(f"a batch of shape {tuple(x.shape)} is empty: leave it out")
     if x.is_floating_point():
-        x = _lift(x)
+        x = lifted(x)
     if y is not None:
         y = y.to(device)
     return x.to(device), y
 
 
-def _logits(model: nn.Module, parameters: Parameters, x: Tensor) -> Tensor:
-    """The model's answers with these parameters; its buffers are lifted like them."""
-    buffers = dict(model.named_buffers())
+def logits_of(model: nn.Module, parameters: Parameters, x: Tensor) -> Tensor:
+    """The model's answers with these parameters; buffers that are not among them are lifted likewise."""
+    buffers = {name: x for name, x in model.named_buffers() if name not in parameters}
     for name, buffer in buffers.items():
         if buffer.is_floating_point():
-            buffers[name] = _lift(buffer)
+            buffers[name] = lifted(buffer)
     logits: Tensor = torch.func.functional_call(model, (parameters, buffers), (x,))
     return logits
 
@@ -147,7 +179,7 @@ def _answers(
     generator: torch.Generator | None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Labels [N] to differentiate for, each with the weights [N] of the squares."""
-    logits = _logits(model, parameters, x)
+    logits = logits_of(model, parameters, x)
     if logits.ndim != 2 or len(logits) != len(x):
         raise MergeError(f"model gives {tuple(logits.shape)} for {len(x)} inputs: need [N, C]")
     p = logits.softmax(-1)
@@ -155,15 +187,15 @@ def _answers(
         constant = torch.zeros(len(x), dtype=torch.long, device=p.device)
         return [(constant + c, p[:, c]) for c in range(p.shape[1])]
     if labels == "true":
-        y = _drawn(p, generator)
+        y = drawn_labels(p, generator)
     elif labels == "argmax":
         y = p.argmax(-1)
     else:
-        y = _known_classes(given, len(x), p.shape[1])
+        y = known_classes(given, len(x), p.shape[1])
     return [(y, p.new_ones(len(x)))]
 
 
-def _drawn(p: Tensor, generator: torch.Generator | None) -> Tensor:
+def drawn_labels(p: Tensor, generator: torch.Generator | None) -> Tensor:
     """One label per sample from probabilities [N, C], by the inverse of the distribution function."""
     device = generator.device if generator else torch.device("cpu")
     u = torch.rand(len(p), 1, generator=generator, dtype=torch.float64, device=device)
@@ -171,7 +203,7 @@ def _drawn(p: Tensor, generator: torch.Generator | None) -> Tensor:
     return below.sum(-1).clamp(max=p.shape[1] - 1)  # rounding may leave the last sum below 1
 
 
-def _known_classes(given: Tensor | None, samples: int, classes: int) -> Tensor:
+def known_classes(given: Tensor | None, samples: int, classes: int) -> Tensor:
     """The data's labels, checked."""
     if given is None:
         raise MergeError("labels='empirical' needs batches of pairs (inputs, labels)")
@@ -192,9 +224,10 @@ def _batch_sums(
     x: Tensor,
     answers: list[tuple[Tensor, Tensor]],
     chunk: int,
+    of: Callable[[Tensor], Tensor],
     mean_first: bool,
 ) -> dict[str, Tensor]:
-    """Sum of the samples' squared gradients; with mean_first, N times the square of their mean."""
+    """Sum of a function of the samples' gradients; with mean_first, N times that of their mean."""
     sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for y, weight in answers:
         for start in range(0, len(x), chunk):
@@ -203,9 +236,9 @@ def _batch_sums(
                 if mean_first:
                     sums[name] += g.sum(0)
                 else:
-                    sums[name] += torch.einsum("n,n...->...", weight[rows].to(g), g.square())
+                    sums[name] += torch.einsum("n,n...->...", weight[rows].to(g), of(g))
     if mean_first:
-        return {name: s.square() / len(x) for name, s in sums.items()}
+        return {name: len(x) * of(s / len(x)) for name, s in sums.items()}
     return sums
 
 
@@ -213,9 +246,103 @@ def _gradients(model: nn.Module, parameters: Parameters, x: Tensor, y: Tensor) -
     """Gradient of log p(y|x) for each of n samples, name -> [n, *shape]."""
 
     def log_likelihood(weights: Parameters, x: Tensor, y: Tensor) -> Tensor:
-        logits = _logits(model, weights, x[None])
+        logits = logits_of(model, weights, x[None])
         return -nn.functional.cross_entropy(logits, y[None])
 
     per_sample = torch.func.vmap(torch.func.grad(log_likelihood), in_dims=(None, 0, 0))
     gradients: dict[str, Tensor] = per_sample(parameters, x, y)
     return gradients
+
+
+# ---- Covariances of inputs -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def input_covariances(model: nn.Module, batches: Iterable[object]) -> dict[str, Tensor]:
+    """For each linear layer, the mean of x x^T over the inputs x [n] that it sees: [n, n] in float64.
+
+    It is the statistic "covariance" of a merge, which RegMean takes from each fine-tuned model on unlabelled
+    data of its own task. Source: Jin et al. 2023 (arXiv 2212.09849). Every token and position counts as an
+    input; so does padding, so leave it out.
+
+    Args:
+        model: evaluated in eval mode, returned as found.
+        batches: what the model takes: inputs, a tuple whose first entry is, or keywords as a mapping.
+
+    Returns name of the weight -> covariance, for every nn.Linear, and both projections of
+    nn.MultiheadAttention, the joint one where queries, keys and values are one tensor. Raises MergeError
+    without batches or such layers, and where one is not finite.
+    """
+    totals: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def see(weight: str, x: Tensor) -> None:
+        rows = x.detach().flatten(0, -2).double()
+        totals[weight] = totals.get(weight, 0) + rows.mT @ rows
+        counts[weight] = counts.get(weight, 0) + len(rows)
+
+    with evaluation(model), _seen_inputs(model, see):
+        for batch in batches:
+            if isinstance(batch, Mapping):
+                model(**batch)
+            else:
+                model(batch[0] if isinstance(batch, tuple | list) else batch)
+    if not totals:
+        raise MergeError("no linear layer saw an input: give batches, and a model with nn.Linear")
+    if bad := [name for name, x in totals.items() if not torch.isfinite(x).all()]:
+        raise MergeError(f"inputs of {listing(bad)} are not finite: check weights and inputs")
+    return {name: x / counts[name] for name, x in totals.items()}
+
+
+@contextmanager
+def _seen_inputs(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, see(name of the weight, inputs) is called whenever a linear layer runs."""
+
+    def linear(weight: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        see(weight, inputs[0])
+
+    def attention(
+        weight: str, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> None:
+        query, key, value = (*inputs, *(named[n] for n in ("query", "key", "value") if n in named))[
+            :3
+        ]
+        if query is key is value:
+            see(weight, query)
+
+    def mixture(
+        weight: str,
+        module: nn.MultiheadAttention,
+        inputs: tuple[Tensor, ...],
+        named: dict[str, Tensor],
+    ) -> None:
+        run: Callable[..., tuple[Tensor, object]] = _before_projection(module).forward
+        see(weight, run(*inputs, **named)[0])
+
+    hooks = []
+    for name, module in model.named_modules():
+        beginning = f"{name}." if name else ""
+        if isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_pre_hook(partial(linear, f"{beginning}weight")))
+        if isinstance(module, nn.MultiheadAttention):
+            watches = [partial(mixture, f"{beginning}out_proj.weight")]
+            if module.in_proj_weight is not None:
+                watches.append(partial(attention, f"{beginning}in_proj_weight"))
+            for watch in watches:
+                hooks.append(module.register_forward_pre_hook(watch, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _before_projection(module: nn.MultiheadAttention) -> nn.MultiheadAttention:
+    """The same attention with an identity for its output projection, whose inputs no hook can see."""
+    found = copy(module)
+    width = module.embed_dim
+    identity = nn.Linear(width, width).to(module.out_proj.weight)
+    nn.init.eye_(identity.weight)
+    nn.init.zeros_(identity.bias)
+    found._modules = {"out_proj": identity}
+    return found

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minipact.alignment import is_buffer
 from minipact.checkpoints import Checkpoint
 from minipact.errors import CheckpointError, listing
 from minipact.layouts import read_json
@@ -40,7 +41,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     modules = _modules(checkpoint)
     for name in weights:
         module = name.rpartition(".")[0]
-        beside = {other for other in modules[module] - {name} if _belongs(other, name)}
+        beside = {other for other in modules[module] - {name} if _belongs(checkpoint, other, name)}
         scale = next((name + end for end in _SCALES if name + end in beside), None)
         if other := sorted(beside - {scale, f"{module}.input_scale"}):
             what = f"'{name}' is float8 beside {listing(other)}, not understood"
@@ -64,9 +65,15 @@ def forget_quantization(folder: Path) -> None:
         file.write_bytes((json.dumps(told, indent=2) + "\n").encode())
 
 
-def _belongs(other: str, name: str) -> bool:
-    """Whether a tensor of the same module says how a weight is packed."""
-    return other.startswith(f"{name}_") or bool(_PACKING.search(other.rpartition(".")[2]))
+def _belongs(checkpoint: Checkpoint, other: str, name: str) -> bool:
+    """Whether a tensor of the same module may say how a weight is packed: all but what is known not to."""
+    own, meta = other.rpartition(".")[2], checkpoint.meta(other)
+    if other.startswith(f"{name}_"):
+        return True
+    if own == "logit_scale" or meta.dtype in _FLOAT8 or is_buffer(other, meta):
+        return False
+    is_layers = bool(re.search("weight|bias", own))
+    return bool(_PACKING.search(own)) or ("." in name and not is_layers)
 
 
 def _modules(checkpoint: Checkpoint) -> dict[str, set[str]]:
@@ -95,7 +102,7 @@ def _sides(checkpoint: Checkpoint, name: str, scale: str) -> tuple[int, int]:
 
 def _even(rows: int, columns: int, shape: tuple[int, ...]) -> tuple[int, int]:
     """Sides of blocks that divide a weight evenly; of one entry where there are none."""
-    if len(shape) != 2 or 0 in shape or rows % shape[0] or columns % shape[1]:
+    if len(shape) != 2 or 0 in (*shape, rows, columns) or rows % shape[0] or columns % shape[1]:
         return 1, 1
     return rows // shape[0], columns // shape[1]
 

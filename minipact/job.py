@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Event
@@ -26,8 +26,15 @@ import torch
 from torch import Tensor
 
 from minipact import distributed
-from minipact.adapters import Adapter, adapter_files, is_adapter, open_adapter, refuse_loose_lora
-from minipact.alignment import is_vocabulary_table, twins
+from minipact.adapters import (
+    Adapter,
+    adapter_files,
+    is_adapter,
+    open_adapter,
+    refuse_adapter_as_base,
+    refuse_loose_lora,
+)
+from minipact.alignment import is_table, is_vocabulary_table, loosened, own_twins, twins
 from minipact.card import CARD, Record, agreed, card_text, read_record
 from minipact.checkpoints import Checkpoint, open_checkpoint, sha256
 from minipact.errors import CheckpointError, MergeError, listing
@@ -43,13 +50,15 @@ from minipact.output import (
     complete_folder,
     parse_size,
     save_checkpoint,
+    untie,
 )
 from minipact.parallel import cores, memory
 from minipact.recipe import Recipe, as_globs
+from minipact.statistics_files import ByTask, check_recorded, matched, naming_files, open_statistics
 from minipact.steps import Step
 from minipact.tensors import State, add_update, in_pieces
 from minipact.version import __version__
-from minipact.vocabulary import Union, union_of, united, write_union
+from minipact.vocabulary import Union, lost_tokens, union_of, united, write_union
 
 PathLike = str | Path
 Tasks = Sequence[PathLike] | Mapping[str, PathLike]
@@ -73,6 +82,7 @@ def merge_files(
     entry: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    statistics: Sequence[PathLike] = (),
     progress: Progress = None,
 ) -> dict[str, Any]:
     """Merge checkpoints into a checkpoint, which appears whole or not at all.
@@ -94,6 +104,8 @@ def merge_files(
             score(path of the candidate). Beside the output this takes room on the disk for the merged
             task vectors in float32 and for one candidate, until the end; one process, no resume.
         entry: key of the state dict in training checkpoints that hold several, such as "ema".
+        statistics: files of `save_statistics` or minipact statistics, for methods that need data; they are
+            matched to the tasks by the SHA-256 of the models, and the recipe records their own.
         base_model, license: of the card; None takes what the inputs' own cards agree on.
         progress: called with (done, in all, name) after each tensor, and after each scale.
 
@@ -111,8 +123,9 @@ def merge_files(
     """
     started = time.perf_counter()
     target = Target(Path(output), max_shard_size, overwrite, resume, base_model, license)
-    target.check(Path(base), named_paths(tasks).values())
-    job = open_job(base, tasks, recipe, device, entry)
+    files = [Path(file) for file in statistics]
+    target.check(Path(base), [*named_paths(tasks).values(), *files])
+    job = open_job(base, tasks, recipe, device, entry, files)
     target.check_parts(job)
     if resume:
         job.merged.recipe.to_json()  # only what can be compared can go on
@@ -181,7 +194,10 @@ class Job:
         base, tasks: the checkpoints. aliases: second names, alias -> name, of tensors that the base and all
             tasks share between layers; they are merged once. merged: the merge, without second names.
         entry: key of the state dict in training checkpoints, if one was named.
+        statistics: of data, by kind and task.
         vocabulary: the union of the models' tokenizers, if one was asked for.
+        untied: heads that the base ties to its token table and that the output has for themselves.
+        notes: what the models together have to say.
     """
 
     base: Checkpoint
@@ -189,7 +205,10 @@ class Job:
     aliases: Mapping[str, str]
     merged: Merged
     entry: str | None = None
+    statistics: ByTask = field(default_factory=dict)
     vocabulary: Union | None = None
+    untied: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> dict[str, Checkpoint | Adapter]:
@@ -215,6 +234,8 @@ class Job:
         notes = complete_folder(folder, self.base.source, metas)
         if self.base.widened:
             forget_quantization(folder)
+        if self.untied:
+            untie(folder)
         if self.vocabulary is not None:
             tables = [len(x) for name, x in metas.items() if is_vocabulary_table(name)]
             write_union(self.vocabulary, folder, max([self.vocabulary.size, *tables]))
@@ -244,7 +265,12 @@ class Job:
             "tensors": dict(Counter(step.treatment for step in steps)),
             "base_bytes": sum(self.base.meta(name).nbytes for name in self.base),
             "output_bytes": sum(x.nbytes for x in self.metas().values()),
-            "notes": [*self._own_notes(), *self.merged.notes, *_unrepeatable(self.merged.recipe)],
+            "notes": [
+                *self._own_notes(),
+                *self.notes,
+                *self.merged.notes,
+                *_unrepeatable(self.merged.recipe),
+            ],
         }
 
     def _own_notes(self) -> list[str]:
@@ -254,6 +280,7 @@ class Job:
 
     def with_paths(self, error: MergeError) -> MergeError:
         """The same error, with the paths of the models that it names."""
+        error = naming_files(error, self.statistics)
         models = {BASE: self.base} | {f"task '{name}'": x for name, x in self.tasks.items()}
         paths = [f"{name} is {x.path}" for name, x in models.items() if f"{name} " in str(error)]
         return type(error)("\n".join([str(error), *paths]))
@@ -291,6 +318,7 @@ def open_job(
     recipe: Recipe | None = None,
     device: str = "cpu",
     entry: str | None = None,
+    statistics: Sequence[PathLike] = (),
 ) -> Job:
     """Open the models and check the merge by names, shapes and options. Arguments as in `merge_files`.
 
@@ -301,21 +329,83 @@ def open_job(
     aliases = {
         alias: name
         for alias, name in opened.aliases.items()
-        if all(task.aliases.get(alias) == name for task in models.values())
+        if all(alias not in t or t.aliases.get(alias) == name for t in models.values())
     }
-    if _is_tied(_home(opened)):
+    is_tied = ties_embeddings(home(opened))
+    if is_tied:
         aliases |= twins(opened, models.values())
     recipe = _for_first_names(recipe, opened, aliases)
     once: Mapping[str, State] = {name: x.without(aliases) for name, x in models.items()}
     origin: State = opened.without(aliases)
-    vocabulary = None
+    vocabulary, notes = None, list[str]()
+    folders = {name: home(task) for name, task in models.items()}
     if recipe.vocabulary == "union":
-        folders = {name: _home(task) for name, task in models.items()}
-        vocabulary = union_of(_home(opened), folders)
+        vocabulary = union_of(home(opened), folders)
         origin, once = united(vocabulary, origin, once)
-    merged = Merged(origin, once, **recipe.keywords(), device=device)
+    else:
+        notes += lost_tokens(home(opened), folders)
+    found = _matched_statistics(statistics, recipe, opened, models)
+    keywords = {**recipe.keywords(), "statistics": found}
+    try:
+        merged = Merged(origin, once, **keywords, device=device)
+    except MergeError as error:
+        raise naming_files(error, found) from error
     _refuse_new_modules(merged, opened, models)
-    return Job(opened, models, aliases, merged, entry, vocabulary)
+    untied = loosened(opened, merged, aliases) if is_tied else []
+    notes += _changed_under_a_head(opened, models) if is_tied else []
+    if untied:
+        told = "a task trained it apart: a configuration must say tie_word_embeddings false"
+        notes.append(f"{listing(untied)} is no copy of the token table any more, as {told}")
+    return Job(
+        opened, models, aliases, merged, entry, found, vocabulary, tuple(untied), tuple(notes)
+    )
+
+
+def _matched_statistics(
+    paths: Sequence[PathLike],
+    recipe: Recipe,
+    base: Checkpoint,
+    models: Mapping[str, Checkpoint | Adapter],
+) -> ByTask:
+    """Statistics in files, for the tasks that they are of, and none but those that the recipe names."""
+    found: ByTask = {}
+    if paths:
+        files = [open_statistics(path) for path in paths]
+        sums = {name: [sha256(file) for file in x.files] for name, x in models.items()}
+        found = matched(files, [sha256(file) for file in base.files], sums, base)
+    check_recorded(recipe.statistics, found)
+    return found
+
+
+def _changed_under_a_head(
+    base: Checkpoint, models: Mapping[str, Checkpoint | Adapter]
+) -> list[str]:
+    """Notes on adapters of a token table that the base has for its head as well."""
+    if any(is_vocabulary_table(name) and not is_table(name) for name in base):
+        return []
+    return [
+        f"task '{label}': its change of {listing(found)} reaches the head that is tied to it, as in PEFT"
+        for label, task in models.items()
+        if isinstance(task, Adapter) and (found := [n for n in task.changed if is_table(n)])
+    ]
+
+
+def _without_twins(
+    task: Checkpoint | Adapter, base: Checkpoint, is_tied: bool
+) -> Checkpoint | Adapter:
+    """A task without second copies of tensors that the base stores once.
+
+    Those are what a file shares, and where a configuration ties them, equal tables of tokens.
+    """
+    if not isinstance(task, Checkpoint):
+        return task
+    copies = [x for x, name in task.aliases.items() if x not in base and name in base]
+    copies += [x for x in (own_twins(task, base) if is_tied else []) if x not in copies]
+    if not copies:
+        return task
+    return task.without(copies).noted(
+        f"{listing(copies)} left out, a copy that the base does not store"
+    )
 
 
 def open_models(
@@ -323,15 +413,19 @@ def open_models(
 ) -> tuple[Checkpoint, dict[str, Checkpoint | Adapter]]:
     """The base and the tasks by name, sorted: adapters on their base, float8 weights with their scales.
 
+    Second copies of tensors that the base stores once are left out.
+
     Raises CheckpointError where one cannot be read, or is no model.
     """
     opened = dequantized(open_checkpoint(base, entry))
+    refuse_adapter_as_base(opened)
     paths = sorted(named_paths(tasks).items())
     found = {name: _open_task(path, opened, recipe or Recipe(), entry) for name, path in paths}
-    return opened, found
+    is_tied = ties_embeddings(home(opened))
+    return opened, {name: _without_twins(task, opened, is_tied) for name, task in found.items()}
 
 
-def _home(model: Checkpoint | Adapter) -> Path:
+def home(model: Checkpoint | Adapter) -> Path:
     """The folder whose other files belong to a model, or where it was opened."""
     source = getattr(model, "source", None)
     return model.path if source is None or source.folder is None else source.folder
@@ -355,7 +449,7 @@ def _refuse_new_modules(
         )
 
 
-def _is_tied(folder: Path) -> bool:
+def ties_embeddings(folder: Path) -> bool:
     """Whether a model's configuration says that input and output embeddings are one; by default they are."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
@@ -582,7 +676,7 @@ def _sweep(
 ) -> Sweep:
     """Score a candidate in the output's layout for each scale; merged task vectors wait on the disk."""
     candidate = scratch / target.path.name
-    workers, room = _at_once(job.merged, threads)
+    workers, room = at_once(job.merged, threads)
 
     def scored(merged: Merged) -> float:
         # All are computed at once, so that saving finds them on the shelf.
@@ -734,7 +828,7 @@ def _complete(
 ) -> list[str]:
     """Add the base's other files and the card to an output folder; returns what the user should know."""
     notes = job.complete(folder)
-    paths = {BASE: _home(job.base)} | {name: task.path for name, task in job.tasks.items()}
+    paths = {BASE: home(job.base)} | {name: task.path for name, task in job.tasks.items()}
     tasks = {name: task.path for name, task in job.tasks.items()}
     given = {"base_model": target.base_model, "license": target.license}
     silent = []
@@ -764,7 +858,7 @@ def _merge_share(
     Both are taken where the output is of a half type.
     """
     merged, places = job.merged, job.places
-    workers, room = _at_once(merged, threads)
+    workers, room = at_once(merged, threads)
     costs = {name: _cost(step) for name, step in merged.steps.items()}
     merged.prepare(
         distributed.share(costs), gather=distributed.from_all, threads=workers, room=room
@@ -807,10 +901,10 @@ def _rounding(
 
 def _cost(step: Step) -> float:
     """Work on a tensor, up to a factor: singular vectors of [m, n] take m * n * min(m, n)."""
-    return step.entries * (min(step.shape) if step.spectral else 1)
+    return step.entries * (min(step.shape[-2:]) if step.spectral else 1)
 
 
-def _at_once(merged: Merged, threads: int | None) -> tuple[int, float]:
+def at_once(merged: Merged, threads: int | None) -> tuple[int, float]:
     """Tensors in work at once: as asked for, else one per core, as far as memory goes, and their room."""
     if threads is not None or torch.device(merged.device).type != "cpu":
         return threads or 1, float("inf")
@@ -826,7 +920,7 @@ def _held(merged: Merged) -> int:
 
 def memory_needed(job: Job, threads: int | None) -> int:
     """Bytes that the tensors in work will take together at most, about, beside what torch itself takes."""
-    workers, room = _at_once(job.merged, threads)
+    workers, room = at_once(job.merged, threads)
     sizes = sorted((step.entries for step in job.merged.steps.values()), reverse=True)
     largest = sizes[0] if sizes else 0
     return round(_held(job.merged) * max(largest, min(room, sum(sizes[: 4 * workers]))))
@@ -845,7 +939,9 @@ def _journal(job: Job) -> dict[str, Any]:
 
 def _stamps(job: Job) -> dict[str, list[int]]:
     """Size in bytes and time of change of each input file."""
-    files = {file.resolve(): file.stat() for x in job.inputs.values() for file in x.files}
+    inputs = [file for x in job.inputs.values() for file in x.files]
+    inputs += [x.path for states in job.statistics.values() for x in states.values()]
+    files = {file.resolve(): file.stat() for file in inputs}
     return {f"size and time of {f}": [s.st_size, s.st_mtime_ns] for f, s in files.items()}
 
 

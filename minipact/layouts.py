@@ -20,6 +20,7 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 JOURNAL = "journal.jsonl"  # of an unfinished output
 INDEX = "model.safetensors.index.json"
 OPEN_CLIP = "open_clip_config.json"
+ADAPTER = "adapter_config.json"  # of PEFT
 READERS = {  # name of the weights -> the library that reads them, and their name in an output
     "model.safetensors": ("transformers", "model"),
     "pytorch_model.bin": ("transformers", "model"),
@@ -29,6 +30,9 @@ READERS = {  # name of the weights -> the library that reads them, and their nam
     "open_clip_pytorch_model.bin": ("open_clip", "open_clip_model"),
 }
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})(\.[^.]+)?")
+
+
+_RANK = re.compile(r"(consolidated\.|mp_rank_)\d\d(\.pth|_model_states\.pt)")  # of parallel parts
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,11 @@ def _of_file(path: Path) -> Layout:
         raise CheckpointError(
             f"{path} is one of {total} shards, a part of a model only: give {path.parent}, the folder "
             "with all of them and their index"
+        )
+    if siblings := _parallel(path):
+        raise CheckpointError(
+            f"{path} is one of {len(siblings)} parts of a model, {listing(siblings)}: join them with their "
+            "tool"
         )
     known = _known(path)
     modules = (path.parent / "modules.json").is_file()
@@ -296,6 +305,16 @@ def _shards(file: Path) -> int:
     return total if total > 1 else 0
 
 
+def _parallel(file: Path) -> list[str]:
+    """Names of the parts that model-parallel training wrote beside a file, and its own; none for a whole."""
+    match = _RANK.fullmatch(file.name)
+    if match is None:
+        return []
+    names = sorted(other.name for other in file.parent.glob(f"{match[1]}*{match[2]}"))
+    found = [name for name in names if _RANK.fullmatch(name)]
+    return found if len(found) > 1 else []
+
+
 def _without_index(shard: Path) -> str:
     match = _match(shard)
     assert match is not None
@@ -399,6 +418,16 @@ def read_json(file: Path) -> Any:
 def _nothing(folder: Path) -> str:
     """Why a folder holds no weights that can be read, and what to give instead."""
     pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES and p.is_file())
+    if (folder / "zero_to_fp32.py").is_file():
+        return f"{folder} is a checkpoint of DeepSpeed: run its zero_to_fp32.py and give what it writes"
+    if found := [*folder.glob("*.distcp"), *folder.glob("*/*.distcp")]:
+        tool = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt"
+        return f"{folder} holds a distributed checkpoint, {found[0].parent.name}: convert it with {tool}"
+    if (folder / "snapshots").is_dir():
+        inner = sorted(f"snapshots/{p.name}" for p in (folder / "snapshots").iterdir())
+        return f"{folder} is an entry of a cache: give a folder in it, {listing(inner)}"
+    if pickles and (parts := _parallel(pickles[0])):
+        return f"{folder} holds parts of a model, {listing(parts)}: join them with their tool"
     if shards := [file for file in pickles if _shards(file)]:
         return _without_index(shards[0])
     models = [file.name for file in pickles if not _TRAINING.fullmatch(file.name)]
@@ -411,6 +440,12 @@ def _nothing(folder: Path) -> str:
         )
     if inner := _components(folder):
         return f"{folder} holds no safetensors file: give a folder in it, {listing(inner)}"
+    weights = [p for p in folder.iterdir() if _is_weights(p.name) or p.suffix == ".npz"]
+    if foreign := sorted(p.name for p in weights if p not in pickles):
+        return (
+            f"{folder} holds no safetensors file but {listing(foreign)}, which is not read here: save the "
+            "model with PyTorch and give that"
+        )
     return f"{folder} holds no safetensors file: is it the right folder?"
 
 
@@ -509,8 +544,10 @@ def _is_weights(name: str) -> bool:
 
 
 def _is_others(name: Path, layout: Layout) -> bool:
-    """Whether a file is the configuration of a library whose weights were there and are not merged."""
+    """Whether a file is the configuration of weights that were there and are not merged."""
     reader = layout.parts[0].reader
+    if str(name) == ADAPTER:  # transformers would look for the adapter
+        return True
     if str(name) != OPEN_CLIP or layout.folder is None:
         return False
     return not _is_open_clip(layout.folder, reader)

@@ -72,14 +72,14 @@ def read_mergekit(path: Path) -> Foreign:
     try:
         found = yaml.safe_load(path.read_text("utf-8"))
         return _foreign(found)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, OverflowError, yaml.YAMLError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
 def _foreign(found: object) -> Foreign:
     top = _table(found, "the file", _TOP)
     method = top.get("merge_method")
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(f"merge_method {method!r} is not read here: one of {listing(_METHODS)} is")
     base, models = top.get("base_model"), top.get("models")
     if not isinstance(base, str) or not isinstance(models, list):
@@ -96,7 +96,7 @@ def _foreign(found: object) -> Foreign:
         raise ValueError(f"models {listing(names)}: at least one, and each by a name of its own")
     given = [common | _table(e.get("parameters") or {}, name, _OF_MODEL)
              for name, e in zip(names, tasks, strict=True)]  # fmt: skip
-    recipe = _recipe(str(method), names, given, common)
+    recipe = _recipe(method, names, given, common)
     dtype = top.get("out_dtype", top.get("dtype"))
     notes = ["mergekit computes in its dtype, minipact in float32: results differ by rounding"]
     if recipe.purify:
@@ -112,6 +112,8 @@ def _recipe(
     weights = [_number("weight", x.get("weight")) for x in given]
     density = _one("density", [x.get("density", 1.0) for x in given])
     normalize = common.get("normalize", normalizes)
+    if not isinstance(normalize, bool):
+        raise ValueError(f"normalize {normalize!r} must be true or false")
     options: dict[str, dict[str, Any]] = {}
     if purify:
         options["dare"] = {"p": 1 - density, "rescale": common.get("rescale", True)}

@@ -27,7 +27,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-import minipact.per_task  # noqa: F401  enters its methods into the registry
+import minipact.least_squares
+import minipact.per_task
+import minipact.training
+import minipact.whole_vector  # noqa: F401  all enter their methods into the registry
 from minipact.alignment import Aligned, aligned, is_packed, other_numbers, refuse_disagreement
 from minipact.errors import MergeError, listing
 from minipact.methods import METHODS as METHODS
@@ -39,6 +42,7 @@ from minipact.methods import (
     is_finite,
     is_zero,
     named_generator,
+    parameters_of,
     run_survey,
 )
 from minipact.parallel import in_threads
@@ -57,9 +61,11 @@ from minipact.recipe import (
 from minipact.steps import (
     Applied,
     Factors,
+    Statistics,
     Step,
     Tasks,
     applied_methods,
+    check_chain,
     check_globs,
     check_work,
     decided_scale,
@@ -67,11 +73,23 @@ from minipact.steps import (
     is_selected,
     kind_of,
     kinds_of,
+    known_sums,
+    named_statistics,
     named_tasks,
     step_of,
     weights_by_name,
+    with_statistics,
 )
-from minipact.tensors import Device, State, add_update, is_same, is_unchanged, meta_of, task_blocks
+from minipact.tensors import (
+    Device,
+    State,
+    States,
+    add_update,
+    is_same,
+    is_unchanged,
+    meta_of,
+    task_blocks,
+)
 
 Progress = Callable[[int, int, str], None] | None
 Gather = Callable[[Any], list[Any]]
@@ -141,8 +159,10 @@ class Merged(Mapping[str, Tensor]):
         dtype: str | torch.dtype | None = None,
         seed: int = 0,
         device: Device = "cpu",
+        statistics: Statistics = None,
     ) -> None:
         named, self.device = named_tasks(tasks), device
+        self._statistics: Mapping[str, States] = named_statistics(statistics, tasks, named)
         given = Recipe(
             rule=rule,
             purify=as_methods(purify),
@@ -158,6 +178,7 @@ class Merged(Mapping[str, Tensor]):
             vocabulary=vocabulary,
             dtype=dtype_name(dtype),
             seed=seed,
+            statistics=known_sums(self._statistics),
         )
         if vocabulary == "union" and not hasattr(base, "vocabulary"):
             hint = "give model folders to merge_files, or to the command line"
@@ -167,10 +188,12 @@ class Merged(Mapping[str, Tensor]):
         self._models: Aligned = models
         check_globs(given, {*self.base, *(name for task in self.tasks.values() for name in task)})
         self._metas = {name: meta_of(self.base, name).to("meta") for name in self.base}
-        self._uses = applied_methods(given, self.base)
         self._kinds = kinds_of(given, self.base, models.copied)
+        uses = applied_methods(given, self.base)
+        check_chain(uses, given.weights or {})
+        self._uses, lacking = with_statistics(uses, self._statistics, self.base, self._kinds)
         found, notes = decided_scale(given.scale, self._uses, len(self.tasks))
-        self.notes = (*models.notes, *notes)
+        self.notes = (*models.notes, *lacking, *notes)
         self._vectors = given.vectors
         self._passes: dict[str | float, _FirstPass] = {}
         self.recipe = replace(given, options={use.name: use.effective for use in self._uses})
@@ -369,24 +392,58 @@ class Merged(Mapping[str, Tensor]):
         if use.method.acts_on == "matrix" and is_zero(D):
             return D if purifies else D[0]
         inputs, keywords = self._arguments(use, step, D)
+        if use.sees_slices(step.kind):
+            parts = [
+                self._of_slice(use, answer, step, inputs, keywords, e) for e in range(step.shape[0])
+            ]
+            result = torch.stack(parts, dim=-3)
+        else:
+            result = self._result(use, answer, step, inputs, keywords)
+        return result.mT if use.sees_transposed(step.kind) else result
+
+    def _of_slice(
+        self,
+        use: Applied,
+        answer: dict[str, Tensor],
+        step: Step,
+        inputs: list[Tensor],
+        keywords: dict[str, Any],
+        number: int,
+    ) -> Tensor:
+        """Run a method for matrices on one slice of a stack [..., E, m, n]."""
+        given = [_slice(x, number) for x in inputs]
+        if is_zero(given[-1]):
+            return given[-1] if use.method.kind == "purifier" else given[-1][0]
+        named = {name: _slice(x, number) for name, x in keywords.items()}
+        return self._result(use, answer, step, given, named)
+
+    def _result(
+        self,
+        use: Applied,
+        answer: dict[str, Tensor],
+        step: Step,
+        inputs: list[Tensor],
+        keywords: dict[str, Any],
+    ) -> Tensor:
+        """What a method returns, checked."""
+        given = inputs[-1]
+        expected = given if use.method.kind == "purifier" else given[0]
         try:
             result = use.method.function(*inputs, **keywords, **answer)
-            given = inputs[-1]
-            result = _checked(result, given if purifies else given[0], use.method)
+            return _checked(result, expected, use.method)
         except MergeError as error:
             raise MergeError(f"tensor '{step.name}', {use.name}: {error}") from error
         except Exception as error:
             if is_built_in(use.method) or "memory" in str(error):
                 raise
             raise MergeError(f"tensor '{step.name}', {use.name} failed: {error!r}") from error
-        return result.mT if use.sees_transposed(step.kind) else result
 
     def _arguments(
         self, use: Applied, step: Step, D: Tensor
     ) -> tuple[list[Tensor], dict[str, Any]]:
         """What a method needs for one tensor: D, perhaps behind W0, and its options; see `Method.needs`."""
         needs, seed = use.method.needs, self.recipe.seed
-        keywords: dict[str, Any] = use.clipped(D.shape[1:])
+        keywords: dict[str, Any] = use.clipped(step.shape[-2:])
         if "generator" in needs:
             keywords["generator"] = named_generator(seed, step.name)
         if "generators" in needs:
@@ -395,13 +452,29 @@ class Merged(Mapping[str, Tensor]):
         inputs = [D]
         if "base" in needs:  # a copy for functions of strangers, who might change it
             inputs.insert(0, self.base[step.name].to(D, copy=not is_built_in(use.method)))
-        if "tuned" in needs:
-            tuned = self._holding(step.name).values()
-            keywords["tuned"] = torch.stack([task[step.name].to(D) for task in tuned])
         if use.sees_transposed(step.kind):
             inputs = [x.mT for x in inputs]
-            keywords |= {name: x.mT for name, x in keywords.items() if name == "tuned"}
-        return inputs, keywords
+        return inputs, keywords | self._tuned(use, step, D) | self._statistics_of(use, step.name, D)
+
+    def _tuned(self, use: Applied, step: Step, D: Tensor) -> dict[str, Tensor]:
+        """The fine-tuned weights [T, ...] of one tensor, as the method sees D, where it needs them."""
+        if "tuned" not in use.method.needs:
+            return {}
+        tuned = self._holding(step.name).values()
+        found = torch.stack([task[step.name].to(D) for task in tuned])
+        return {"tuned": found.mT if use.sees_transposed(step.kind) else found}
+
+    def _statistics_of(self, use: Applied, name: str, D: Tensor) -> dict[str, Tensor]:
+        """The statistics [T, ...] that a method needs for one tensor, by kind, in D's type."""
+        found = {}
+        labels = list(self._holding(name))
+        for kind in use.statistics:
+            states = [self._statistics[kind][label] for label in labels]
+            found[kind] = torch.stack([state[name].to(D) for state in states])
+            bad = [x for x, own in zip(labels, found[kind], strict=True) if not is_finite(own)]
+            if bad:
+                raise MergeError(f"{kind} of '{name}', task '{bad[0]}', holds NaN or infinity")
+        return found
 
     def _survey(self, use: Applied, answers: Answers, part: _Part) -> dict[str, Tensor]:
         """What a method asks of the whole model, behind the purifiers before it; see `Method.survey`."""
@@ -423,7 +496,7 @@ class Merged(Mapping[str, Tensor]):
         self, measure: Measure, use: Applied, answers: Answers, names: list[str], part: _Part
     ) -> Tensor:
         """Sum of measure(D) over all tensors that a method treats, those of other processes too."""
-        before, by_entry = self._uses[: len(answers)], use.method.acts_on == "entries"
+        before, by_entry = self._uses[: len(answers)], use.looks_at_entries
 
         share: dict[str, Tensor] = {}
         lock = Lock()
@@ -433,7 +506,21 @@ class Merged(Mapping[str, Tensor]):
             blocks = self._task_matrices(step, before, answers, by_entry)
             if use.sees_transposed(step.kind):
                 blocks = (D.mT for D in blocks)
-            value = _added(measure(D).cpu() for D in blocks)
+
+            def value_of(D: Tensor) -> Tensor:
+                given = self._statistics_of(use, name, D)
+                if "tuned" in parameters_of(measure):
+                    given |= self._tuned(use, step, D)
+                if use.sees_slices(step.kind):
+                    return _added(
+                        measure(
+                            _slice(D, e), **{kind: _slice(x, e) for kind, x in given.items()}
+                        ).cpu()
+                        for e in range(step.shape[0])
+                    )
+                return measure(D, **given).cpu()
+
+            value = _added(map(value_of, blocks))
             with lock:
                 if value.is_floating_point():  # these add up alike only in the order of names
                     share[name] = value.clone()
@@ -462,7 +549,7 @@ class Merged(Mapping[str, Tensor]):
         for name in filter(partial(is_selected, self.recipe), fixed):
             for label, task in self.tasks.items():
                 if name in task and not is_same(self.base, task, name):
-                    raise other_numbers(name, label, self._metas[name])
+                    raise other_numbers(name, label, self.base)
 
     def _refuse_identical(self) -> None:
         merged = [step.name for step in self.steps.values() if step.rule != "copy"]
@@ -483,6 +570,8 @@ class Merged(Mapping[str, Tensor]):
         small.tasks = {name: {"": x} for name, x in zip(self.tasks, tuned, strict=True)}
         small._models, small._metas = replace(self._models, taken=frozenset(), holders={}), {}
         small.recipe = replace(self.recipe, weights=None)
+        example: States = {name: {"": torch.eye(4)} for name in self.tasks}
+        small._statistics = {kind: example for kind in self._statistics}
         small.steps = {"": Step("", (4, 4), torch.float32, "matrix", purify, rule)}
         small._passes = {self.recipe.vectors: _FirstPass()}
         try:
@@ -516,6 +605,11 @@ def _checked(result: object, expected: Tensor, method: Method) -> Tensor:
     if not is_built_in(method) and not is_finite(result):
         raise MergeError("it returned NaN or infinity")
     return result.to(expected)
+
+
+def _slice(x: Any, number: int) -> Any:
+    """One matrix of a stack [..., E, m, n]; what is no tensor as it is."""
+    return x.select(-3, number) if isinstance(x, Tensor) else x
 
 
 def _joined(first: Tensor, parts: Iterable[Tensor], entries: int) -> Tensor:
@@ -556,6 +650,7 @@ def merge(
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
     device: Device = "cpu",
+    statistics: Statistics = None,
     progress: Progress = None,
     threads: int | None = None,
 ) -> dict[str, Tensor]:
@@ -582,8 +677,8 @@ def merge(
             for a single task and for a negative scale.
         weights: factor of each task vector before anything else; 1 each. Nothing is normalised.
         include, exclude: globs of tensor names; what they leave out is copied from the base.
-        policy: glob -> "matrix", "matrix_T", "vector" or "copy", ahead of `default_policy`; or a function
-            (name, tensor) -> kind instead of it.
+        policy: glob -> "matrix", "matrix_T", "stack", "stack_T", "vector" or "copy", ahead of
+            `default_policy`; or a function (name, tensor) -> kind instead of it.
         missing: what becomes of tensors that are to be merged and that a model lacks. "error": said, and
             refused. "base": a task without it counts as unchanged; what the base lacks is left out.
             "present": it is merged from the tasks that hold it; what the base lacks is taken over if its
@@ -595,6 +690,10 @@ def merge(
             at least, in float64 where an input is float64.
         seed: of all random numbers, drawn apart for each tensor and task name.
         device: where to compute; results are on the CPU.
+        statistics: of data, for methods that need them: kind -> one mapping, tensor name -> tensor, for each
+            task, by name or in the order of the tasks, in files by `open_statistics`. Kinds are "covariance",
+            [n, n] of a matrix' n inputs, "fisher" and "gradient", of the tensor's shape. A method leaves out
+            tensors without: a rule's get the mean. The recipe holds the SHA-256 of those in files.
         progress: called with (tensors done, tensors in all, name) after each.
         threads: tensors in work at once, one core each; results do not depend on how many. None is one
             tensor at a time on all cores of torch, whose number may change last bits.
@@ -606,7 +705,7 @@ def merge(
     merged = Merged(
         base, tasks, rule=rule, purify=purify, options=options, scale=scale, vectors=vectors,
         weights=weights, include=include, exclude=exclude, policy=policy, missing=missing, rename=rename,
-        vocabulary=vocabulary, dtype=dtype, seed=seed, device=device,
+        vocabulary=vocabulary, dtype=dtype, seed=seed, device=device, statistics=statistics,
     )  # fmt: skip
     tensors = merged.map(merged.__getitem__, threads=threads)
     found = {}

@@ -5,6 +5,7 @@ For each weight, W0 [m, n] of the base and D [T, m, n] = the T task matrices W_t
     purifiers     (W0, D) -> D        pact, sift, dare, wiener
     rules         D -> merged         task_arithmetic, ties, tsv_m, iso_c, iso_cts, wudi, ace
 
+Relatives have rooms of their own: `minipact.whole_vector`, `minipact.least_squares`, `minipact.per_task`.
 Checked, exact or randomized, in any floating-point type. `minipact/plain.py` has the same methods as bare
 equations. Shapes stand in square brackets: m outputs, n inputs, T tasks. Singular vectors are columns.
 """
@@ -32,7 +33,7 @@ RNG = torch.Generator | None
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 Option = bool | int | float | str | None
 Options = Mapping[str, object]
-Measure = Callable[[Tensor], Tensor]
+Measure = Callable[..., Tensor]
 SurveyPasses = Generator[Measure, Tensor, dict[str, Tensor]]
 Survey = Callable[..., SurveyPasses]
 
@@ -41,6 +42,16 @@ Survey = Callable[..., SurveyPasses]
 KINDS = ("purifier", "rule", "per_task", "training")
 ACTS_ON = ("matrix", "tensor", "entries")
 SUPPLIED = ("base", "tuned", "generator", "generators")
+STATISTICS = {  # what takes data, for each task -> how it is made
+    "covariance": "minipact.input_covariances(fine_tuned_model, batches)",
+    "fisher": "minipact.fisher(fine_tuned_model, batches)",
+    "gradient": "minipact.gradient_magnitudes(base_model, batches)",
+}
+COMMANDS = {  # the same from files to a file
+    "covariance": "minipact statistics covariance TASK --data DATA -o FILE",
+    "fisher": "minipact statistics fisher TASK --data DATA -o FILE",
+    "gradient": "minipact statistics gradients BASE --task TASK --data DATA -o FILE",
+}
 PLAIN_WORDS = ("mean", "sum", "copy")  # what becomes of a tensor that no rule treats
 
 
@@ -59,12 +70,15 @@ class Method:
         scale: recommended scale by value of the option `reduce`, or under "any".
         needs: what the engine supplies besides D. "base": W0 as the first argument; "tuned": the
             fine-tuned weights [T, ...]; "generator": random numbers of this tensor; "generators": one
-            generator for each task, as `generator`. Any other name comes from the survey.
+            generator for each task, as `generator`; "covariance", "fisher", "gradient": a statistic of
+            the tasks' data, [T, n, n] or [T, ...], which a merge gets as `statistics`. One that
+            `function` has a default for may be missing. Any other name comes from the survey.
         survey: a first pass over the model, a generator function that gets tasks=T, entries=d, the number
             of entries that the method treats, and those of the options that it has parameters for. Each
             function of D [T, ...] that it yields is called on every tensor, or for "entries" on blocks
-            [T, b] of it; the values, tensors dense or sparse, are added up and sent back. What it returns
-            reaches `function` as keyword arguments.
+            [T, b] of it, with the statistics that were given, and tuned=[T, ...] if it has this parameter;
+            the values, tensors dense or sparse, are added up and sent back. What it returns reaches
+            `function` as keyword arguments.
         sided: whether a rule on matrices tells inputs from outputs. Matrices stored for x @ W then come to
             it transposed, as they do to every purifier of matrices.
     """
@@ -92,7 +106,7 @@ class Method:
         check_known(f"{self.name}: kind", [self.kind], KINDS)
         check_known(f"{self.name}: acts_on", [self.acts_on], ACTS_ON)
         if self.survey is None:
-            check_known(f"{self.name}: needs", self.needs, SUPPLIED)
+            check_known(f"{self.name}: needs", self.needs, (*SUPPLIED, *STATISTICS))
 
     @property
     def options(self) -> dict[str, Option]:
@@ -165,7 +179,8 @@ def find_method(given: str | Function | Method, kind: str) -> Method:
         given = _method_of(given, kind)
     if given.kind in KINDS[2:]:
         place = f"{given.function.__module__}.{given.function.__name__}"
-        raise MergeError(f"{given.name} is no {kind} but a {given.kind} method: see {place}")
+        whole = ", and minipact compress for models" if given.kind == "per_task" else ""
+        raise MergeError(f"{given.name} is no {kind} but a {given.kind} method: see {place}{whole}")
     if given.kind != kind:
         raise MergeError(f"{kind} '{given.name}' is unknown: {given.name} is a {given.kind}")
     return given
@@ -655,40 +670,61 @@ def task_arithmetic(D: Tensor, reduce: str = "sum") -> Tensor:
     return D.sum(0) if reduce == "sum" else D.mean(0)
 
 
-def largest_magnitudes(tasks: int, entries: int, density: float) -> SurveyPasses:
-    """Survey of a stream of D [T, ...]: per task the int(density * entries)-th largest magnitude.
+def largest_magnitudes(tasks: int, density: float, values: Measure = lambda D: D) -> SurveyPasses:
+    """Survey of a stream of D [T, ...]: the smallest magnitude per task that a share `density` keeps.
 
-    Non-negative float32 numbers sort like their bit patterns. A first pass counts their upper 16 bits,
-    a second one the lower 16 bits of those in the bin found: exact, in memory that does not grow with
-    the model. Returns {"thresholds": [T] in float32}. Raises MergeError unless 0 < density <= 1.
+    It is the int(density * d)-th largest of the d entries that a task has in values(D) [T, ...], over all
+    D. Returns {"thresholds": [T] in float32}. Raises MergeError unless 0 < density <= 1.
     """
     if not 0 < density <= 1:
         raise MergeError(f"density={density} of TIES must satisfy 0 < density <= 1")
-    found, ranks = torch.zeros(2, tasks, dtype=torch.int64)
-    ranks += max(1, int(density * entries + 1e-9))
+    return {"thresholds": (yield from ranked_magnitudes(tasks, partial(count_of, density), values))}
+
+
+def count_of(share: float, entries: int) -> int:
+    """A share of so many entries, rounded down, 1 at least."""
+    return max(1, int(share * entries + 1e-9))
+
+
+def ranked_magnitudes(
+    rows: int, rank: Callable[[int], int], values: Measure = lambda D: D
+) -> Generator[Measure, Tensor, Tensor]:
+    """Passes over a stream of D [T, ...] that find one magnitude in each row of values(D) [R, ...].
+
+    Non-negative float32 numbers sort like their bit patterns. A first pass counts their upper 16 bits,
+    a second one the lower 16 bits of those in the bin found: exact, in memory that does not grow with
+    the model. The rank, 1 for the largest, is taken from the number of entries in a row. Returns [R] in
+    float32.
+    """
+    found = torch.zeros(rows, dtype=torch.int64)
+    ranks = None
     for half in ("upper", "lower"):
-        counts = yield partial(_count_bit_patterns, half=half, upper=found)
-        counts = counts.view(tasks, 65536)
+        counts = yield partial(_count_bit_patterns, half=half, upper=found, values=values)
+        counts = counts.view(rows, 65536)
+        if ranks is None:
+            ranks = torch.tensor([rank(entries) for entries in counts.sum(1).tolist()])
         reached = counts.flip(1).cumsum(1).flip(1)  # how many numbers lie in this bin or above
         digit = ((reached >= ranks[:, None]).sum(1) - 1).clamp(min=0)
         ranks = ranks - (reached - counts).gather(1, digit[:, None])[:, 0]
         found = found << 16 | digit
-    return {"thresholds": found.int().view(torch.float32)}
+    return found.int().view(torch.float32)
 
 
-def _count_bit_patterns(D: Tensor, half: str, upper: Tensor) -> Tensor:
-    """How often each pattern of 16 bits occurs among the magnitudes of each task, [T * 65536].
+def _count_bit_patterns(
+    D: Tensor, half: str, upper: Tensor, values: Measure, **statistics: Tensor
+) -> Tensor:
+    """How often each pattern of 16 bits occurs among the magnitudes of each row of values, [R * 65536].
 
-    Of the lower half only where the upper one is as given, [T]. Sparse where D [T, ...] has few entries, as
+    Of the lower half only where the upper one is as given, [R]. Sparse where the rows have few entries, as
     a table for each of thousands of small tensors would take longer than all else.
     """
-    bits = D.abs().float().reshape(len(D), -1).view(torch.int32)
+    bits = values(D, **statistics).abs().float().reshape(len(upper), -1).view(torch.int32)
     counts = [_of_half(row, half, int(upper[t])) for t, row in enumerate(bits)]
     if bits.shape[1] >= 8192:
         return torch.stack([torch.bincount(x, minlength=65536) for x in counts]).flatten().cpu()
     bins = torch.cat([x.long() + 65536 * t for t, x in enumerate(counts)]).cpu()
     ones = torch.ones(len(bins), dtype=torch.int64)
-    return torch.sparse_coo_tensor(bins[None], ones, (65536 * len(D),), check_invariants=False)
+    return torch.sparse_coo_tensor(bins[None], ones, (65536 * len(upper),), check_invariants=False)
 
 
 def _of_half(bits: Tensor, half: str, upper: int) -> Tensor:
@@ -705,7 +741,7 @@ def ties_survey(
     check_known("ties scope", [scope], ("global", "tensor"))
     if scope == "tensor":
         return {}
-    return (yield from largest_magnitudes(tasks, entries, density))
+    return (yield from largest_magnitudes(tasks, density))
 
 
 def run_survey(passes: SurveyPasses, stream: Callable[[Measure], Tensor]) -> dict[str, Tensor]:
@@ -743,7 +779,7 @@ def ties(
     """
     check_known("reduce", [reduce], ("mean", "sum", "max"))
     if thresholds is None:
-        survey = largest_magnitudes(len(D), D[0].numel(), density)
+        survey = largest_magnitudes(len(D), density)
         thresholds = run_survey(survey, lambda measure: measure(D).to_dense())["thresholds"]
     floor = thresholds.to(D.device).view(-1, *[1] * (D.ndim - 1))
     trimmed = torch.where(D.abs().float() >= floor, D, 0)

@@ -51,6 +51,10 @@ def parse_size(text: str | int) -> int:
     return size
 
 
+# Endings of files, where a folder of that name would surprise.
+_OTHERS = (".safetensors", ".gguf", ".onnx", ".h5", ".json", ".npz")
+
+
 def check_output(path: str | Path, overwrite: bool = False) -> None:
     """Refuse an output that exists, or that safetensors cannot take.
 
@@ -67,6 +71,10 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
     if path.suffix in PICKLES:
         raise CheckpointError(
             f"{path}: pickles are not written; end it in .safetensors or in no suffix"
+        )
+    if path.suffix != ".safetensors" and path.suffix.lower() in _OTHERS:
+        raise CheckpointError(
+            f"{path}: {path.suffix} is not written; end it in .safetensors or in no suffix"
         )
     if not path.absolute().parent.is_dir():
         raise CheckpointError(f"{path}: its folder does not exist: create it first")
@@ -556,6 +564,17 @@ def complete_folder(folder: Path, layout: Layout, metas: Mapping[str, Tensor]) -
         config = folder / layout.stems[prefix].folder / "config.json"
         _tell_types(config, [metas[name] for name in names])
     return found.notes
+
+
+def untie(folder: Path) -> None:
+    """Have the configuration in a folder say that input and output embeddings are two tensors."""
+    file, key = folder / "config.json", "tie_word_embeddings"
+    config = read_json(file)
+    if isinstance(config, dict):
+        nested = config.get("text_config")
+        if isinstance(nested, dict) and key in nested:
+            config = config | {"text_config": nested | {key: False}}
+        file.write_bytes((json.dumps(config | {key: False}, indent=2) + "\n").encode())
 
 
 def _tell_types(file: Path, written: Iterable[Tensor]) -> None:

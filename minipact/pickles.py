@@ -165,17 +165,50 @@ def _content(path: Path) -> Any:
     try:
         return _load(path)
     except pickle.UnpicklingError as error:
+        if told := _otherwise_saved(path):
+            raise CheckpointError(told) from error
         raise CheckpointError(
             f"{path} holds more than tensors and is not opened, as that would run code in it. If you "
             f"trust it, convert it elsewhere:\n{_converting(path)}"
         ) from error
     except Exception as error:  # torch.load raises many kinds on damaged files
+        if told := _otherwise_saved(path):
+            raise CheckpointError(told) from error
         if "TorchScript" in str(error):
             raise CheckpointError(
                 f"{path} is a TorchScript program, as OpenAI's CLIP files are, and is not opened. If you "
                 f"trust it, save torch.jit.load({path.name!r}).state_dict() as safetensors elsewhere"
             ) from error
         raise CheckpointError(f"{path} is no whole state dict ({error}): fetch it again") from error
+
+
+def _otherwise_saved(path: Path) -> str:
+    """Why a file is none of torch.save, or of an old protocol, and the lines that save it again, if so."""
+    kind = _kind_of_pickle(path)
+    if kind == "zip":
+        return f"{path} is a zip archive, but none of torch.save: fetch it again, or convert it with its tool"
+    if kind == "none":
+        return f"{path} is no file of torch.save: fetch it again"
+    if kind == "plain":
+        return (
+            f"{path} is a pickle, but none of torch.save, and is not opened, as that would run code in it. "
+            "If you trust it, and it holds a dict of tensors or arrays, save it again elsewhere:\n"
+            "  import pickle, torch\n"
+            f"  state = pickle.load(open({path.name!r}, 'rb'))\n"
+            "  torch.save({k: torch.as_tensor(v) for k, v in state.items()}, 'tensors.pt')"
+        )
+    words = _words(path)
+    if not words or "PROTO" in words:  # which protocols have from 2 on
+        return ""
+    if "PERSID" in words:
+        return (
+            f"{path} is in pickle's protocol 0, which torch writes and cannot read: save it again where it "
+            "was made, without pickle_protocol"
+        )
+    return (
+        f"{path} is in pickle's protocol 1, which is not read here. If you trust it, save it again "
+        f"elsewhere:\n{_converting(path)}"
+    )
 
 
 def _converting(path: Path) -> str:
@@ -350,6 +383,30 @@ def _protocol(path: Path) -> int:
     return 0
 
 
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles in torch.save's old format
+
+
+def _kind_of_pickle(path: Path) -> str:
+    """Whether a file is of torch.save, "torch", another pickle, "plain", another "zip", or "none"."""
+    if _is_zip(path):
+        with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            held = {os.path.basename(name) for name in archive.namelist()}
+            return "torch" if held & {"data.pkl", "constants.pkl"} else "zip"
+        return "none"
+    with contextlib.suppress(Exception), _pickle(path) as file:  # pickletools raises many kinds
+        return "torch" if _MAGIC in (x for _, x, _ in pickletools.genops(file)) else "plain"
+    return "none"
+
+
+def _words(path: Path) -> set[str]:
+    """The words of pickle's language in a file of torch.save, as far as it is whole."""
+    found: set[str] = set()
+    with contextlib.suppress(Exception), _pickle(path) as file:  # pickletools raises many kinds
+        for _ in range(1 if _is_zip(path) else 4):  # the old format has three small pickles first
+            found.update(word.name for word, _, _ in pickletools.genops(file))
+    return found
+
+
 def _is_dict(path: Path) -> bool:
     """Whether a file holds a dict, by the first words of its pickle; otherwise it is taken for a module."""
     with contextlib.suppress(Exception), _pickle(path) as file:  # pickletools raises many kinds
@@ -357,6 +414,8 @@ def _is_dict(path: Path) -> bool:
             for _word in pickletools.genops(file):
                 pass
         for word, argument, _ in pickletools.genops(file):
-            if word.name not in ("PROTO", "FRAME"):
-                return word.name == "EMPTY_DICT" or str(argument).startswith("collections")
+            if word.name not in ("PROTO", "FRAME", "MARK"):
+                return word.name in ("EMPTY_DICT", "DICT") or str(argument).startswith(
+                    "collections"
+                )
     return False

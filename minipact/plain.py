@@ -121,6 +121,76 @@ def seats(D, ridge):
     return e, (L @ U).mT
 
 
+def awd(D, *, alpha=0.1, lr=0.01, iterations=300):
+    """AWD: take off what makes the tasks D [T, ...] alike, all tensors as one vector (Xiong et al. 2024).
+
+    Gradient descent from delta = 0 on mean |cos(D_i - delta, D_j - delta)| + alpha |delta|. All steps stay
+    in the span of the tasks: delta = sum_t c_t D_t, and their inner products G are enough.
+    """
+    flat = D.reshape(len(D), D[0].numel()).double()
+    G = flat @ flat.mT
+    seen = (G.diagonal().sqrt() > 1e-6).to(G)  # an update of rounding size has no cosine
+    pairs = torch.outer(seen, seen).fill_diagonal_(0)
+    c = torch.zeros_like(seen)
+    for _ in range(iterations):
+        X = torch.eye(len(D)).to(G) - c  # row i: D_i - delta
+        products = X @ G @ X.mT
+        norms = products.diagonal().sqrt().where(seen > 0, 1)[:, None]
+        units, cosines = X / norms, products / (norms * norms.mT)
+        signs = pairs * cosines.sign().where(cosines.abs() > 1e-12, 0)
+        pulls = (signs @ units - (signs * cosines).sum(1, keepdim=True) * units) / norms
+        slope = -2 / pairs.sum().clamp(min=1) * pulls.sum(0)
+        length = (c @ G @ c).clamp(min=0).sqrt()
+        if length > 1e-12 * G.trace().sqrt():
+            slope += alpha * c / length
+        c = c - lr * slope
+    return D - (c @ flat).view_as(D[0]).to(D)
+
+
+def tatr(D, q=0.99, *, gradient=None):
+    """TATR: keep the share q of entries where tasks D [T, ...] disturb each other least (Sun et al. 2025).
+
+    gradient [T, ...] is the mean magnitude of each task's gradients at the base; without data, |D|.
+    """
+    sizes = D.abs().double()
+    slopes = sizes if gradient is None else gradient
+    omega = slopes.sum(0) * sizes.sum(0) - (slopes * sizes).sum(0)  # sum_{i != j} g_i |D_j|
+    kept = max(1, int(q * omega.numel() + 1e-9))
+    return torch.where(omega <= omega.flatten().sort().values[kept - 1], D, 0)
+
+
+def pave(D, tuned, covariance, *, rho=0.984375, ridge=0.1):
+    """PAVE: cut from the tuned weights [T, m, n] what their own inputs hardly use (arXiv 2510.14697).
+
+    covariance [T, n, n] is the mean of x x^T over the inputs x of each task's layer, C below: the weight
+    W C C^{-1} keeps r singular directions of W C.
+    """
+    C = torch.stack([with_ridge(x.double(), ridge) for x in covariance])
+    U, S, Vh = torch.linalg.svd(tuned.double() @ C, full_matrices=False)
+    ranks = allocated(S / S[:, :1].where(S[:, :1] > 0, 1), rho)
+    gone = [u[:, r:] * s[r:] @ v[r:] for u, s, v, r in zip(U, S, Vh, ranks, strict=True)]
+    return (D.double() - torch.stack(gone) @ torch.linalg.inv(C)).to(D)
+
+
+def with_ridge(C, ridge):
+    """C + ridge I; the ridge doubles until the inverse is one."""
+    eye = torch.eye(len(C)).to(C)
+    while (torch.linalg.inv(C + ridge * eye) @ (C + ridge * eye) - eye).norm() >= 5e-2:
+        ridge = 2 * ridge
+    return C + ridge * eye
+
+
+def allocated(S, rho):
+    """Directions that each task keeps: the smallest of all S [T, r] goes, until less than rho is left."""
+    size = S.shape[1]
+    least = max(1, size - round(1.5 * (size - round(size * rho))))
+    ranks = [size for _ in S]
+    while sum(ranks) >= rho * S.numel() and max(ranks) > least:
+        free = [t for t, rank in enumerate(ranks) if rank > least]
+        ranks[min(free, key=lambda t: S[t, ranks[t] - 1])] -= 1
+    return ranks
+
+
 # ---- Rules: D -> one update ----------------------------------------------------------------------
 
 
@@ -132,7 +202,7 @@ def task_arithmetic(D, reduce="sum"):
 def ties(D, density=0.2, reduce="mean"):
     """TIES: trim small entries of D [T, ...], elect a sign, merge what agrees (Yadav et al. 2023)."""
     flat = D.reshape(len(D), D[0].numel())
-    kept = max(1, int(density * flat.shape[1] + 1e-9))
+    kept = min(max(1, int(density * flat.shape[1] + 1e-9)), flat.shape[1])
     floor = flat.abs().topk(kept).values[:, -1:]
     trimmed = torch.where(flat.abs() >= floor, flat, 0)
     sign = trimmed.sum(0).sign()
@@ -144,6 +214,13 @@ def ties(D, density=0.2, reduce="mean"):
     else:
         merged = agreeing.sum(0) / (agreeing != 0).sum(0).clamp(min=1)
     return merged.view_as(D[0])
+
+
+def consensus(D, lambdas=0.4, *, keep=2):
+    """Consensus TA: the sum of the tasks D [T, ...], where `keep` of them need it (Wang et al. 2024)."""
+    total = D.sum(0)
+    votes = (D.abs() > lambdas * (total - D).abs()).sum(0)  # their TALL masks
+    return torch.where(votes >= keep, total, 0)
 
 
 def tsv_m(D, *, rank=None):
@@ -199,6 +276,41 @@ def wudi(D, *, ridge=1e-3):
     return torch.linalg.solve(G, F.mT @ E, left=False).to(D)
 
 
+def swudi(D, *, time=1e3, rank=None):
+    """SWUDI: WUDI by gradient flow for a finite time (arXiv 2606.07289, built from its abstract).
+
+    With G = sum_i D_i^T D_i / |D_i|^2, the factor 1 / g of an eigen-direction becomes (1 - exp(-time g)) / g,
+    time being in units of 1 / G's mean eigenvalue; only the `rank` largest stay.
+    """
+    if not D.any():
+        return D.sum(0)
+    E = unit(D)
+    F = (E @ D.double().mT).flatten(0, 1)
+    E = E.flatten(0, 1)  # E^T E = G
+    U, S, V = svd(E, roundoff(D), rank)
+    g = S.square() / (E.square().sum() / E.shape[1])
+    return (F.mT @ U * (1 - torch.exp(-time * g)) / S @ V.mT).to(D)
+
+
+def regmean(D, covariance, *, off_diagonal=0.9):
+    """RegMean: do on each task's inputs what its update does (Jin et al. 2023).
+
+    covariance [T, n, n] is the mean of x x^T over the inputs x of each task's layer.
+    """
+    C = covariance.double()
+    C = off_diagonal * C + (1 - off_diagonal) * torch.diag_embed(C.diagonal(dim1=1, dim2=2))
+    e, V = torch.linalg.eigh(C.sum(0))
+    kept = e > (1e-12 if D.dtype == torch.float64 else 1e-7) * e[-1:]
+    return ((D.double() @ C).sum(0) @ V[:, kept] / e[kept] @ V[:, kept].mT).to(D)
+
+
+def fisher_merge(D, fisher):
+    """Fisher merging: the mean of D [T, ...] weighted by Fisher information (Matena and Raffel 2022)."""
+    F = fisher.double()
+    F = F.where(F.sum(0) > 0, 1)
+    return ((F * D).sum(0) / F.sum(0)).to(D)
+
+
 def ace(D, *, epsilon=1e-2):
     """ACE-Merging: covariances from updates centred over the outputs (CVPR 2026, arXiv 2603.02945).
 
@@ -228,6 +340,26 @@ def ace(D, *, epsilon=1e-2):
     return M.to(D)
 
 
+def knots(D, density=0.2, reduce="mean", *, merge="ties"):
+    """KnOTS: TIES in a basis of outputs that all tasks share (Stoica et al. 2024).
+
+    D is [T, m, n], or {name: [T, m, n]}, whose entries are trimmed as one.
+    """
+    if torch.is_tensor(D):
+        return knots({"": D}, density, reduce, merge=merge)[""]
+    bases, R = {}, {}
+    for n, d in D.items():
+        U, S, _ = torch.linalg.svd(torch.cat([*d.double()], dim=1), full_matrices=False)
+        bases[n] = U[:, S > 1e-5]
+        R[n] = bases[n].mT @ d.double()  # [T, q, n]: D = U R
+
+    def combined(R):
+        return ties(R, density, reduce) if merge == "ties" else task_arithmetic(R, reduce)
+
+    merged = as_one(R, combined)
+    return {n: (U @ merged[n]).to(D[n]) for n, U in bases.items()}
+
+
 # ---- A model per task ----------------------------------------------------------------------------
 
 
@@ -248,14 +380,63 @@ def tsv_decompress(U, S, V):
     return U * S.unsqueeze(-2) @ V.mT
 
 
+def tall(D, lambdas=0.4, *, merged="sum", density=0.2):
+    """TALL masks: the sum of the tasks D [T, ...], and a mask for each of what serves it (Wang et al. 2024).
+
+    lambdas is one number, or one for each task; merged="ties" takes the sum by TIES.
+    """
+    M = D.sum(0) if merged == "sum" else ties(D, density, "sum")
+    lambdas = torch.as_tensor(lambdas).expand(len(D)).to(D).view(-1, *[1] * M.ndim)
+    return M, D.abs() > lambdas * (M - D).abs()
+
+
+def tall_decompress(merged, masks):
+    """What each task gets, [T, ...]."""
+    return merged * masks
+
+
+def emr(D):
+    """EMR: elect one vector for the tasks D [T, ...], and mask it for each (Huang et al. 2024)."""
+    sign = torch.where(D.mean(0) > 0, 1, -1)  # a zero counts as negative, as in the authors' code
+    unified = sign * (sign * D).clamp(min=0).amax(0)
+    return unified, D * unified > 0
+
+
+def emr_rescalers(D, rescale="global"):
+    """[T]: what brings each task's masked vector to its own length, over all tensors {name: [T, ...]}."""
+    own, left = 0, 0
+    for d in D.values():
+        unified, masks = emr(d)
+        share = max(1, unified.numel()) if rescale == "tensor_mean" else 1
+        own = own + torch.stack([x.abs().double().sum() for x in d]) / share
+        left = left + torch.stack([(unified.abs() * x).double().sum() for x in masks]) / share
+    return torch.where(left > 0, own / left, 1)
+
+
+def emr_decompress(unified, masks, rescalers):
+    """What each task gets, [T, ...]."""
+    return unified * masks * rescalers.to(unified).view(-1, *[1] * unified.ndim)
+
+
 # ---- Whole models --------------------------------------------------------------------------------
 
-PURIFIERS = (pact, sift, dare, wiener)
-RULES = (task_arithmetic, ties, tsv_m, iso_c, iso_cts, wudi, ace)
+PURIFIERS = (pact, sift, dare, wiener, awd, tatr, pave)
+FLAT_RULES = (task_arithmetic, ties, consensus, fisher_merge)
+RULES = (*FLAT_RULES, tsv_m, iso_c, iso_cts, wudi, swudi, ace, regmean, knots)
 METHODS = {f.__name__: f for f in (*PURIFIERS, *RULES)}
-FLAT = ("dare", "task_arithmetic", "ties")  # these act on all tensors, the others on matrices
+FLAT = (
+    "dare",
+    "awd",
+    "tatr",
+    *(f.__name__ for f in FLAT_RULES),
+)  # on all tensors, not on matrices alone
 BASED = ("pact", "sift")  # purifiers that look at W0
-SIDED = ("wudi", "ace")  # rules that tell inputs from outputs
+SIDED = ("wudi", "swudi", "regmean", "ace", "knots")  # rules that tell inputs from outputs
+NEEDS = {
+    "regmean": "covariance",
+    "fisher_merge": "fisher",
+    "pave": "covariance",
+}  # statistics of data
 TABLES = ("text_projection", "token_embedding", "embed_tokens", "word_embeddings", "wte.")
 TRANSPOSED = re.compile(r"(^|visual\.)proj$|(^|\.)h\.\d+\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
 
@@ -274,38 +455,98 @@ def wide(x, device):
     return x.to(device, torch.promote_types(x.dtype, torch.float32))
 
 
-def purified(D, W0, how, purify, run):
-    """D behind all purifiers; those for matrices see inputs as columns."""
-    for name in purify:
-        inputs = (W0, D) if name in BASED else (D,)
-        if name in FLAT or how == "matrix":
-            D = run(name, *inputs)
-        elif how == "matrix_T":
-            D = run(name, *(x.mT for x in inputs)).mT
-    return D
+def as_one(D, run):
+    """run(D [T, d]) on all tensors {name: [T, ...]} side by side, cut into tensors again."""
+    if not D:
+        return D
+    rows = [d.reshape(len(d), d[0].numel()) for d in D.values()]
+    parts = run(torch.cat(rows, dim=1)).split([row.shape[1] for row in rows], dim=-1)
+    pairs = zip(D.items(), parts, strict=True)
+    return {n: part.reshape([*part.shape[:-1], *d.shape[1:]]).to(d) for (n, d), part in pairs}
+
+
+def turned(x, how):
+    """x as layers use it, inputs as columns; or back."""
+    return x.mT if how == "matrix_T" else x
+
+
+def purified(D, W0, kinds, states, name, run):
+    """All D behind a purifier; a flat one sees them as one, others matrices with inputs as columns.
+
+    PAVE, the first if it is there, takes the tuned weights, and the matrices that all states have.
+    """
+    if name in FLAT:
+        return as_one(D, lambda d: run(name, d))
+    clean = dict(D)
+    for n in [n for n in D if kinds[n] != "vector"]:
+        inputs = (W0(n), D[n]) if name in BASED else (D[n],)
+        if name in NEEDS:
+            if not all(n in state for state in states):
+                continue
+            given = torch.stack([state[n].to(D[n]) for state in states])
+            inputs = D[n], W0(n) + D[n], given
+        clean[n] = turned(run(name, *(turned(x, kinds[n]) for x in inputs)), kinds[n])
+    return clean
 
 
 def merged_by(rule, D, kinds, run):
     """One update for each tensor; a flat rule sees them all as one, a sided one inputs as columns."""
-    if rule not in FLAT or not D:
-        return {n: merged_alone(rule, d, kinds[n], run) for n, d in D.items()}
-    sizes = [d[0].numel() for d in D.values()]
-    rows = [d.reshape(len(d), size) for d, size in zip(D.values(), sizes, strict=True)]
-    parts = run(rule, torch.cat(rows, dim=1)).split(sizes)
-    return {n: part.view_as(D[n][0]) for n, part in zip(D, parts, strict=True)}
+    if rule in FLAT:
+        return as_one(D, lambda d: run(rule, d))
+    seen = {n: kinds[n] if rule in SIDED else "matrix" for n in D if kinds[n] != "vector"}
+    matrices = {n: turned(D[n], how) for n, how in seen.items()}
+    updates = {n: d.mean(0) for n, d in D.items() if n not in seen}
+    together = rule == "knots"
+    merged = run(rule, matrices) if together else {n: run(rule, d) for n, d in matrices.items()}
+    return updates | {n: turned(x, seen[n]) for n, x in merged.items()}
 
 
-def merged_alone(rule, D, how, run):
-    """One update for one tensor, by a rule on matrices."""
-    if how == "vector":
-        return D.mean(0)
-    if how == "matrix_T" and rule in SIDED:
-        return run(rule, D.mT).mT
-    return run(rule, D)
+def informed(rule, D, kinds, states, run):
+    """One update for each tensor by a rule that takes a statistic of data; the mean where there is none."""
+    updates = {n: d.mean(0) for n, d in D.items()}
+    acts = [n for n in D if rule in FLAT or kinds[n] != "vector"]
+    for n in [n for n in acts if all(n in state for state in states)]:
+        how = kinds[n] if rule in SIDED else "matrix"
+        given = torch.stack([state[n].to(D[n]) for state in states])
+        updates[n] = turned(run(rule, turned(D[n], how), given), how)
+    return updates
 
 
 @torch.no_grad()
-def merge(base, tasks, *, rule, scale, purify=(), vectors="auto", options=None, device="cpu"):
+def serve(base, tasks, *, rule, options=None):
+    """A model per known task: what "tsv_compress", "tall" or "emr" keeps of each, a list of state dicts."""
+    options = (options or {}).get(rule, {})
+    floats = [n for n, x in base.items() if x.is_floating_point()]
+    D = {n: torch.stack([wide(t[n], "cpu") - wide(base[n], "cpu") for t in tasks]) for n in floats}
+    shared = {n: d for n, d in D.items() if not n.endswith(("running_mean", "running_var"))}
+    if rule == "tall":  # what is not shared stays as it is
+        D |= as_one(shared, lambda d: tall_decompress(*tall(d, **options)))
+    elif rule == "emr":
+        rescalers = emr_rescalers(shared, **options)
+        D |= {n: emr_decompress(*emr(d), rescalers) for n, d in shared.items()}
+    else:
+        matrices = {n: d for n, d in shared.items() if d.ndim == 3}
+        D |= {n: tsv_decompress(*tsv_compress(d, **options)) for n, d in matrices.items()}
+    models = [{n: x.clone() for n, x in base.items()} for _ in tasks]
+    for n, deltas in D.items():
+        for model, d in zip(models, deltas, strict=True):
+            model[n] = (wide(base[n], "cpu") + d).to(base[n])
+    return models
+
+
+@torch.no_grad()
+def merge(
+    base,
+    tasks,
+    *,
+    rule,
+    scale,
+    purify=(),
+    vectors="auto",
+    options=None,
+    statistics=None,
+    device="cpu",
+):
     """Merge state dicts: base + scale * rule(purified task vectors), a new state dict.
 
     Args:
@@ -315,6 +556,7 @@ def merge(base, tasks, *, rule, scale, purify=(), vectors="auto", options=None, 
             them too, other rules take scale * mean. "mean": the unscaled mean of the task vectors. "copy":
             nothing. A number: so much of their sum, unscaled. "auto": "mean" where a method acts on
             matrices, there are several tasks and scale is not negative, else "rule".
+        statistics: {"covariance": states} or {"fisher": states} for methods in NEEDS, name -> tensor a task.
     """
 
     def run(method, *inputs):
@@ -328,12 +570,17 @@ def merge(base, tasks, *, rule, scale, purify=(), vectors="auto", options=None, 
     D, update = {}, {}
     for n in [n for n in base if kinds[n] != "copy"]:
         W0 = wide(base[n], device)
-        d = torch.stack([wide(task[n], device) - W0 for task in tasks])
+        D[n] = torch.stack([wide(task[n], device) - W0 for task in tasks])
         if kinds[n] == "vector" and vectors != "rule":
-            update[n] = share * d.sum(0)
-        else:
-            D[n] = purified(d, W0, kinds[n], purify, run)
-    update |= {n: scale * x for n, x in merged_by(rule, D, kinds, run).items()}
+            update[n] = share * D.pop(n).sum(0)
+    for name in purify:
+        states = (statistics or {}).get(NEEDS.get(name))
+        D = purified(D, lambda n: wide(base[n], device), kinds, states, name, run)
+    if rule in NEEDS:
+        found = informed(rule, D, kinds, statistics[NEEDS[rule]], run)
+    else:
+        found = merged_by(rule, D, kinds, run)
+    update |= {n: scale * x for n, x in found.items()}
     merged = {n: x.clone() for n, x in base.items()}
     if scale == 0:
         return merged

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minipact.errors import MergeError, check_known
-from minipact.methods import METHODS, Function, Method, Options
+from minipact.methods import METHODS, STATISTICS, Function, Method, Options
 
 Use = str | Function | Method
 Policy = Callable[[str, Tensor], str]
@@ -22,7 +23,7 @@ Table = tuple[tuple[str, str], ...]
 VECTORS = ("auto", "rule", "mean", "copy")
 VOCABULARIES = ("same", "union")
 MISSING = ("error", "base", "present")
-KINDS_OF_TENSOR = ("matrix", "matrix_T", "vector", "copy")
+KINDS_OF_TENSOR = ("matrix", "matrix_T", "stack", "stack_T", "vector", "copy")
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,15 @@ class Recipe:
         vectors: "auto", "rule", "mean", "copy", or a factor of the sum of the task vectors.
         weights: task name -> factor; None is 1 each.
         include, exclude: globs of tensor names.
-        policy: pairs, or a mapping, glob -> "matrix", "matrix_T", "vector" or "copy"; the first glob that
-            matches counts, then the default policy. Or a function (name, tensor) -> kind in its place.
+        policy: pairs, or a mapping, glob -> "matrix", "matrix_T", "stack", "stack_T", "vector" or "copy"; the
+            first glob that matches counts, then the default policy. Or a function (name, tensor) -> kind in its place.
         missing: "error"; "base", what a task lacks counts as unchanged, and what the base lacks is left out;
             or "present", each tensor is merged from the models that hold it.
         rename: pairs (old, new) of beginnings of names in the tasks.
         vocabulary: "same", or "union" of the tokenizers in model folders, for `merge_files`.
         dtype: name of the result's floating-point type, "bfloat16" for one; None keeps the base's.
         seed: of all random numbers.
+        statistics: kind -> {task: SHA-256 of the file}, where a merge takes statistics of data from files.
     """
 
     rule: Use = "task_arithmetic"
@@ -63,6 +65,7 @@ class Recipe:
     vocabulary: str = "same"
     dtype: str | None = None
     seed: int = 0
+    statistics: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         def settle(name: str, value: object) -> None:
@@ -73,6 +76,7 @@ class Recipe:
         settle("include", as_globs(self.include, "include"))
         settle("exclude", as_globs(self.exclude, "exclude"))
         settle("options", _options(self.options))
+        settle("statistics", _sums(self.statistics))
         settle("dtype", dtype_name(self.dtype))
         check_known("missing", [self.missing], MISSING)
         check_known("vocabulary", [self.vocabulary], VOCABULARIES)
@@ -187,6 +191,19 @@ def _options(given: Mapping[str, Options]) -> dict[str, Options]:
         name: {option: _as_tuple(x) for option, x in _table(options, f"options: {name}").items()}
         for name, options in _table(given, "options").items()
     }
+
+
+def _sums(given: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """SHA-256 of files of statistics by kind and task, checked."""
+    table = _table(given, "statistics")
+    check_known("statistics", table, STATISTICS)
+    found = {}
+    for kind, sums in table.items():
+        found[kind] = {str(name): x for name, x in _table(sums, f"statistics: {kind}").items()}
+        for name, x in found[kind].items():
+            if not isinstance(x, str) or not re.fullmatch("[0-9a-f]{64}", x):
+                raise MergeError(f"statistics: {kind} of '{name}' must be a SHA-256, not {x!r}")
+    return found
 
 
 def _as_tuple(x: object) -> object:

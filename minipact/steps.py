@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,34 +15,58 @@ from torch import Tensor
 
 from minipact.alignment import is_buffer
 from minipact.errors import MergeError, check_known, listing
-from minipact.methods import RANK_OPTIONS, SUPPLIED, Method, Options, find_method, parameters_of
+from minipact.methods import (
+    COMMANDS,
+    RANK_OPTIONS,
+    STATISTICS,
+    SUPPLIED,
+    Method,
+    Options,
+    find_method,
+    parameters_of,
+)
 from minipact.recipe import KINDS_OF_TENSOR, Policy, Recipe, Table, as_globs
 from minipact.tensors import State, States, meta_of
 
 Tasks = Sequence[State] | States
 Factors = Iterable[float] | Mapping[str, float] | None
+Statistics = Mapping[str, Tasks] | None
 
 # ---- What happens to each tensor -----------------------------------------------------------------
 
 LOOKUP_TABLES = ("token_embedding", "embed_tokens", "word_embeddings", "wte.")
+EXPERTS = re.compile(r"(^|\.)experts\.[^.]+(\.weight)?$")
 GPT2_LAYERS = re.compile(r"(^|\.)h\.\d+\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
 
 
 def default_policy(name: str, tensor: Tensor) -> str:
-    """How a floating-point tensor is treated: "matrix", "matrix_T", "vector" or "copy".
+    """How a floating-point tensor is treated: "matrix", "matrix_T", "stack", "vector" or "copy".
 
     Matrices are 2-D weights used as x @ W^T. "matrix_T" is stored the other way round, for x @ W (CLIP's
     `visual.proj`, GPT-2's Conv1D layers): purifiers see it transposed, and so do rules that tell inputs from
-    outputs. Vectors are all the rest: biases, norms, convolutions, token tables, and `text_projection`, as
+    outputs. A "stack" [E, m, n] holds a matrix for each expert, as mixtures of experts pack them, and each is
+    treated as a matrix; it is a "stack_T" where the shapes of gate_up_proj and down_proj together show
+    that they are stored for x @ W, which a merge finds out. Vectors are all the rest: biases, norms, convolutions, token tables, and `text_projection`, as
     published; so are positional embeddings as matrices. Statistics of batch normalisation are copied:
     recompute them after merging. So are known buffers, such as tables of positions.
     """
     if name.endswith(("running_mean", "running_var")) or is_buffer(name, tensor):
         return "copy"
-    if tensor.ndim != 2 or any(t in name for t in ("text_projection", *LOOKUP_TABLES)):
+    if tensor.ndim == 3 and EXPERTS.search(name):
+        return "stack"
+    if (
+        tensor.ndim != 2
+        or name.endswith("bias")
+        or any(t in name for t in ("text_projection", *LOOKUP_TABLES))
+    ):
         return "vector"
     transposed = name == "proj" or name.endswith("visual.proj") or GPT2_LAYERS.search(name)
     return "matrix_T" if transposed else "matrix"
+
+
+def holds_matrices(kind: str) -> bool:
+    """Whether a tensor of this kind is a matrix or a stack of them."""
+    return kind.startswith(("matrix", "stack"))
 
 
 @dataclass(frozen=True)
@@ -50,7 +75,7 @@ class Step:
 
     Attributes:
         name, shape, dtype: of the base's tensor.
-        kind: "matrix", "matrix_T", "vector" or "copy".
+        kind: "matrix", "matrix_T", "stack", "stack_T", "vector" or "copy".
         purify: names of the purifiers that act on it, in order.
         rule: name of the rule; or "mean", "sum", "copy".
         factor: what the rule's result is multiplied with; None is the scale of the merge.
@@ -82,11 +107,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Applied:
-    """A method with the options of this merge, and the tensors that a purifier is for."""
+    """A method with the options of this merge, the tensors that it is for, and the statistics it gets."""
 
     method: Method
     options: Mapping[str, object]
     scope: tuple[str, ...] = ("*",)
+    statistics: tuple[str, ...] = ()
+    known: Collection[str] | None = None  # tensors that all tasks have these statistics of
 
     @property
     def name(self) -> str:
@@ -103,7 +130,12 @@ class Applied:
     def takes_blocks(self, answer: Mapping[str, Tensor]) -> bool:
         """Whether a tensor may come in parts: by entries, once a survey told what is of the whole."""
         alone = self.method.survey is None or bool(answer)
-        return self.method.acts_on == "entries" and alone and not {*SUPPLIED} & {*self.method.needs}
+        return self.looks_at_entries and alone and not {*SUPPLIED} & {*self.method.needs}
+
+    @property
+    def looks_at_entries(self) -> bool:
+        """Whether it acts entry by entry, on D alone."""
+        return self.method.acts_on == "entries" and not self.statistics
 
     def clipped(self, shape: Sequence[int]) -> dict[str, object]:
         """The function's options, with counts of directions cut to a small matrix' min(m, n)."""
@@ -118,14 +150,19 @@ class Applied:
 
     def acts_on(self, name: str, kind: str) -> bool:
         """Whether it acts on a tensor of this name and kind."""
-        fits = self.method.acts_on != "matrix" or kind.startswith("matrix")
-        return fits and kind != "copy" and _matches(name, self.scope)
+        fits = self.method.acts_on != "matrix" or holds_matrices(kind)
+        known = self.known is None or name in self.known
+        return fits and known and kind != "copy" and _matches(name, self.scope)
 
     def sees_transposed(self, kind: str) -> bool:
         """Whether it sees tensors of this kind transposed, so that inputs are columns."""
         method = self.method
         sided = method.sided or method.kind == "purifier"
-        return kind == "matrix_T" and method.acts_on == "matrix" and sided
+        return kind.endswith("_T") and method.acts_on == "matrix" and sided
+
+    def sees_slices(self, kind: str) -> bool:
+        """Whether it sees tensors of this kind matrix by matrix."""
+        return kind.startswith("stack") and self.method.acts_on == "matrix"
 
     def taken_by(self, function: Callable[..., object]) -> dict[str, Any]:
         """Those options that a function has parameters for."""
@@ -195,6 +232,106 @@ def applied_methods(recipe: Recipe, base: State) -> tuple[Applied, ...]:
     return tuple(_applied(method, recipe.options.get(method.name, {}), base) for method in methods)
 
 
+def check_chain(uses: Sequence[Applied], weights: Mapping[str, float]) -> None:
+    """Raise MergeError where a purifier of the fine-tuned weights themselves would see changed ones."""
+    purifiers = [use for use in uses if use.method.kind == "purifier"]
+    for place, use in enumerate(purifiers):
+        if "tuned" not in use.method.needs:
+            continue
+        why = f"{use.name} works on the fine-tuned weights, not on their difference from the base"
+        if place > 0:
+            raise MergeError(
+                f"{why}, and would undo {purifiers[place - 1].name}: put it first in purify"
+            )
+        if any(x != 1 for x in weights.values()):
+            raise MergeError(f"{why}, which weights cannot scale before it: leave weights out")
+
+
+def named_statistics(given: Statistics, tasks: Tasks, named: States) -> dict[str, dict[str, State]]:
+    """Statistics by kind and task; lists are in the order of the tasks given.
+
+    Raises MergeError for an unknown kind, and unless there is a mapping for each task.
+    """
+    check_known("statistics", given or {}, STATISTICS)
+    names = [str(name) for name in tasks] if isinstance(tasks, Mapping) else list(named)
+    found = {}
+    for kind, states in (given or {}).items():
+        one_each = states if isinstance(states, Mapping) else dict(zip(names, states, strict=False))
+        if len(states) != len(named) or {*map(str, one_each)} != {*named}:
+            raise MergeError(f"statistics: {kind} must be there once for each of {listing(named)}")
+        if strange := [name for name, x in one_each.items() if not isinstance(x, Mapping)]:
+            what = f"statistics: {kind} of {listing(strange)} is no mapping of tensors"
+            raise MergeError(f"{what}: open its file by minipact.open_statistics")
+        found[kind] = {str(name): state for name, state in one_each.items()}
+    return found
+
+
+def known_sums(statistics: Mapping[str, States]) -> dict[str, dict[str, str]]:
+    """SHA-256 of the files of statistics by kind and task, for kinds that all come from files."""
+    found = {}
+    for kind, states in statistics.items():
+        sums = {name: getattr(state, "sha256", None) for name, state in states.items()}
+        if all(isinstance(x, str) for x in sums.values()):
+            found[kind] = {name: str(x) for name, x in sums.items()}
+    return found
+
+
+def with_statistics(
+    uses: Sequence[Applied], statistics: Mapping[str, States], base: State, kinds: Mapping[str, str]
+) -> tuple[tuple[Applied, ...], tuple[str, ...]]:
+    """The methods with the statistics they need, and what the user should know about those.
+
+    Raises MergeError where one is missing, idle, or of another shape than its tensor asks for.
+    """
+    needed = {kind for use in uses for kind in use.method.needs if kind in STATISTICS}
+    if idle := statistics.keys() - needed:
+        raise MergeError(f"statistics {listing(idle)} are used by no method of this merge")
+    notes = []
+    found = [_with_its_own(use, statistics) for use in uses]
+    for use, plain in zip(found, uses, strict=True):
+        treated = [name for name, kind in kinds.items() if plain.acts_on(name, kind)]
+        for statistic in use.statistics:
+            _check_shapes(statistic, statistics[statistic], base, kinds, use)
+        lacking = [name for name in treated if not use.acts_on(name, kinds[name])]
+        if lacking and len(lacking) == len(treated):
+            has = listing(sorted(use.known or ())) or "nothing"
+            raise MergeError(f"the statistics are of {has}, of no tensor that {use.name} acts on")
+        if lacking:
+            what = f"no {' and '.join(use.statistics)} of {len(lacking)} tensors"
+            notes.append(f"{what}, such as '{lacking[0]}': {use.name} leaves them out")
+    return tuple(found), tuple(notes)
+
+
+def _with_its_own(use: Applied, statistics: Mapping[str, States]) -> Applied:
+    needed = [kind for kind in use.method.needs if kind in STATISTICS]
+    parameters = parameters_of(use.method.function)
+    for kind in needed:
+        default = getattr(parameters.get(kind), "default", inspect.Parameter.empty)
+        if kind not in statistics and default is inspect.Parameter.empty:
+            how = f"make it by {COMMANDS[kind]}, and give --statistics FILE for each; from Python"
+            call = f"statistics={{'{kind}': {{task: {STATISTICS[kind]}}}}}"
+            raise MergeError(f"{use.name} needs the {kind} of each task: {how} {call}")
+    given = tuple(kind for kind in needed if kind in statistics)
+    states = [state for kind in given for state in statistics[kind].values()]
+    known = frozenset(states[0]).intersection(*states[1:]) if states else None
+    return replace(use, statistics=given, known=known)
+
+
+def _check_shapes(
+    statistic: str, states: States, base: State, kinds: Mapping[str, str], use: Applied
+) -> None:
+    for name in [name for name, kind in kinds.items() if use.acts_on(name, kind)]:
+        shape = tuple(meta_of(base, name).shape)
+        if statistic == "covariance":
+            if not holds_matrices(kinds[name]):
+                raise MergeError(f"covariance of '{name}', which is no matrix: leave it out")
+            inputs = shape[-2 if kinds[name].endswith("_T") else -1]
+            shape = (*shape[:-2], inputs, inputs)
+        for label, state in states.items():
+            if (own := tuple(meta_of(state, name).shape)) != shape:
+                raise MergeError(f"{statistic} of '{name}', task '{label}': is {own}, not {shape}")
+
+
 def _applied(method: Method, given: Options, base: State) -> Applied:
     check_known(f"{method.name} option", given, method.options)
     options = {**method.options, **given}
@@ -207,10 +344,25 @@ def _applied(method: Method, given: Options, base: State) -> Applied:
 
 def kinds_of(recipe: Recipe, base: State, copied: Collection[str] = ()) -> dict[str, str]:
     """Kind of each tensor: by the policy where the merge touches it, else "copy", as for some by name."""
-    return {
+    kinds = {
         name: "copy" if name in copied else kind_of(recipe, name, meta_of(base, name))
         for name in base
     }
+    if callable(recipe.policy):
+        return kinds
+    given = [glob for glob, _ in recipe.policy]
+    stacks = [name for name, kind in kinds.items() if kind == "stack" and not _matches(name, given)]
+    return kinds | {name: "stack_T" for name in stacks if _is_turned(name, base)}
+
+
+def _is_turned(name: str, base: State) -> bool:
+    """Whether packed experts are stored for x @ W: gate_up_proj [E, n, 2 i] and down_proj [E, i, n]."""
+    home = name[: name.rindex("experts.") + len("experts.")]
+    parts = [f"{home}gate_up_proj", f"{home}down_proj"]
+    if not all(part in base for part in parts):
+        return False
+    (_, inputs, both), (_, inner, outputs) = (meta_of(base, part).shape for part in parts)
+    return bool(inputs == outputs and both == 2 * inner)
 
 
 def check_globs(recipe: Recipe, names: Collection[str]) -> None:
@@ -230,7 +382,7 @@ def kind_of(recipe: Recipe, name: str, tensor: Tensor) -> str:
         return "copy"
     kind = _by_policy(name, tensor, recipe.policy)
     check_known(f"policy for '{name}'", [kind], KINDS_OF_TENSOR)
-    if kind.startswith("matrix") and tensor.ndim != 2:
+    if holds_matrices(kind) and tensor.ndim != (3 if kind.startswith("stack") else 2):
         shape = tuple(tensor.shape)
         raise MergeError(f"policy: '{name}' of shape {shape} cannot be a {kind}")
     return kind
@@ -271,7 +423,7 @@ def step_of(name: str, x: Tensor, kind: str, uses: Sequence[Applied], vectors: s
 def check_work(use: Applied, steps: Iterable[Step]) -> None:
     """Raise MergeError where a purifier finds no tensor, or a count of directions fits none of them."""
     steps, name = list(steps), use.name
-    sizes = [min(s.shape, default=1) for s in steps if name in (*s.purify, s.rule)]
+    sizes = [min(s.shape[-2:], default=1) for s in steps if name in (*s.purify, s.rule)]
     idle = use.method.kind == "purifier" or all(s.rule == "copy" for s in steps)
     if not sizes and idle:
         raise MergeError(

@@ -98,10 +98,27 @@ def own_delta(task: State, name: str, base: State) -> Tensor | None:
     return delta
 
 
+def equal(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors have one shape and the same numbers; their types may differ."""
+    if x.shape != y.shape:
+        return False
+    is_float8 = x.is_floating_point() and x.itemsize == 1
+    if x.dtype == y.dtype and not is_float8:
+        return torch.equal(x, y)
+    # torch compares neither float8 nor unsigned numbers with other types, nor a float8 tensor with itself
+    wide = torch.int64
+    if x.is_floating_point() or y.is_floating_point():
+        wide = torch.float64
+    if x.is_complex() or y.is_complex():
+        wide = torch.complex128
+    pieces = zip(in_pieces(x, x.device), in_pieces(y, y.device), strict=True)
+    return all(torch.equal(a.to(wide), b.to(wide)) for a, b in pieces)
+
+
 def is_same(one: State, other: State, name: str) -> bool:
     """Whether two models have the same tensor, of any type; unread where shapes tell."""
     same_shape = meta_of(one, name).shape == meta_of(other, name).shape
-    return same_shape and torch.equal(one[name], other[name].to(meta_of(one, name).dtype))
+    return same_shape and equal(one[name], other[name])
 
 
 def is_unchanged(task: State, name: str, base: State) -> bool:
@@ -109,4 +126,4 @@ def is_unchanged(task: State, name: str, base: State) -> bool:
     delta = own_delta(task, name, base)
     if delta is not None:
         return is_zero(delta)
-    return torch.equal(base[name], task[name])
+    return equal(base[name], task[name])

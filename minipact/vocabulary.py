@@ -6,6 +6,7 @@ appended token is the plain mean of the tasks that have it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -75,13 +76,33 @@ def union_of(base: Path, tasks: Mapping[str, Path]) -> Union:
     return Union(size, new, entries, own)
 
 
+def lost_tokens(base: Path, tasks: Mapping[str, Path]) -> list[str]:
+    """Notes on tokens that tasks append to their tokenizers and that an output with the base's will lack."""
+    notes = []
+    for label, folder in sorted(tasks.items()):
+        with contextlib.suppress(CheckpointError, OSError):
+            if (base / TOKENIZER).read_bytes() == (folder / TOKENIZER).read_bytes():
+                continue
+            known = _added(_tokenizer(base), base)
+            if new := [x for x in _added(_tokenizer(folder), folder) if x not in known]:
+                what = f"task '{label}': its tokenizer has {listing(new)}, which the base's lacks"
+                notes.append(f"{what}, and so the output's: --vocabulary union takes it over")
+    return notes
+
+
 def _tokenizer(folder: Path) -> dict[str, Any]:
     file = folder / TOKENIZER
     try:
         found = json.loads(file.read_text("utf-8"))
         if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
             raise ValueError("no tokenizer")
-    except (OSError, ValueError, RecursionError) as error:
+        added = [entry["id"] for entry in found.get("added_tokens") or []]
+        if len(set(added)) < len(added):
+            raise ValueError("two added tokens of one id")
+        for number in (*_plain_ids(found), *added):
+            if not isinstance(number, int) or number < 0:
+                raise ValueError(f"{number!r} is no id of a token")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         hint = "a vocabulary can be united for model folders with tokenizer.json"
         raise CheckpointError(f"{file} cannot be read ({error}): {hint}") from error
     return found

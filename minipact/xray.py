@@ -9,20 +9,21 @@ It measures and gives no advice: nothing here has been shown to tell which merge
 Keys of the report. Shares lie in [0, 1]; lists follow the order of `tasks`; None stands for undefined.
 
     tasks, settings, warnings [text], skipped [{name, why}], counts {matrices, vectors, copied}
-    summary {enrichment, cosine, sign_conflict, removed, shield} means over tasks or pairs
+    summary {enrichment, cosine, sign_conflict, removed, filtered, shield} means over tasks or pairs
     per_task {name: {
         norm, norm_ratio     length of the task vector, and relative to the base's weights
         matrix_share         share of its squared length in the matrices measured
         intrusion            share of it in the pre-trained core; core_chance is K / n, enrichment their ratio
         removed              share that PACT would remove; shield_chance is the shield's width p / n
+        filtered             share that `wiener` would remove; None unless it was asked for
         suffers, inflicts    mean hidden interference as victim and as interferer
         half                 median share of directions that hold half of its energy in a matrix
     }}
     pairs {cosine, sign_conflict, sign_conflict_large, wall_similarity, hidden_interference: {
         values [T][T], mean over pairs, chance}}; rows of hidden_interference interfere, columns suffer
     layers [{name, shape [m, n], core K, task [T] k_t, energy [T], intrusion [T], core_chance, enrichment,
-        shield [T] p_t, shield_chance, removed [T], sti, sti_ratio to random directions, sign_conflict,
-        core_half, task_half [T] counts of directions that hold half of the energy}]
+        shield [T] p_t, shield_chance, removed [T], filtered [T], sti, sti_ratio to random directions,
+        sign_conflict, core_half, task_half [T] counts of directions that hold half of the energy}]
     groups [{pattern, layers, enrichment, shield, removed, core_half, task_half}], one per kind of layer
 
 The command line adds base, given and entry: the paths of base and tasks as they were given, and --entry.
@@ -54,6 +55,7 @@ from minipact.methods import (
     leading_triples,
     named_generator,
     walls_between,
+    wiener,
 )
 from minipact.recipe import Globs
 from minipact.steps import Step, Tasks
@@ -75,6 +77,7 @@ def xray(
     task: Rank = 0.04,
     tol: float = 1e-3,
     svd: str = "exact",
+    wiener: bool = False,
     include: Globs = None,
     exclude: Globs = None,
     device: Device = "cpu",
@@ -86,10 +89,12 @@ def xray(
     Args:
         base, tasks, include, exclude, device, seed, progress: as in `merge`.
         core, task, tol, svd: as in `pact`; counts beyond a matrix' min(m, n) are cut to it.
+        wiener: measure also what the purifier `wiener` would remove, at its defaults; less than 0 where
+            an update gets longer. Exact decompositions of T matrices [m, m] and [n, n] a weight.
 
     Returns:
         Dictionaries, lists and numbers only, see the docstring of the module. Matrices are
-        measured by subspace, vectors count in norms, cosines and signs. One weight is in memory at a time.
+        measured by subspace, vectors and stacks of matrices count in norms, cosines and signs. One weight is in memory at a time.
 
     Raises:
         MergeError: the inputs do not fit together, hold NaN, hold no matrix that a task changed, a task
@@ -97,7 +102,8 @@ def xray(
     """
     merged = Merged(base, tasks, include=include, exclude=exclude, device=device)
     kept = {name: list(getattr(merged.recipe, name)) for name in ("include", "exclude")}
-    settings = {"core": core, "task": task, "tol": tol, "svd": svd, "seed": seed, **kept}
+    given = {"core": core, "task": task, "tol": tol, "svd": svd, "wiener": wiener, "seed": seed}
+    settings = {**given, **kept}
     steps = {step.name: step for step in merged.steps.values() if step.kind != "copy"}
     _check(settings, steps.values())
     looks = []
@@ -115,7 +121,7 @@ def xray(
         "skipped": [{"name": found.name, "why": found.why} for found in looks if found.why],
         "counts": {
             "matrices": sum(found.layer is not None for found in looks),
-            "vectors": sum(step.kind == "vector" for step in steps.values()),
+            "vectors": sum(not step.kind.startswith("matrix") for step in steps.values()),
             "copied": len(merged.steps) - len(steps),
         },
         **_summed_up(list(merged.tasks), looks),
@@ -159,7 +165,7 @@ def _look(merged: Merged, step: Step, settings: Report) -> _Look:
     D = task_matrices(name, merged.base, merged.tasks, device=merged.device)
     W0 = merged.base[name].to(D)
     pairs, base_energy = _pair_sums(D), float(W0.double().square().sum())
-    if step.kind == "vector":
+    if not step.kind.startswith("matrix"):
         return _Look(name, pairs, base_energy)
     if is_zero(W0):
         return _Look(name, pairs, base_energy, "it is zero in the base, so it has no core")
@@ -175,7 +181,9 @@ def _look(merged: Merged, step: Step, settings: Report) -> _Look:
 def _pair_sums(D: Tensor) -> Tensor:
     """[5, T, T] over all entries of D [T, ...]: inner products; signs that agree minus those that
     differ, and how many entries both tasks changed; these two again among each task's largest fifth."""
-    flat = D.flatten(1)
+    flat = D.reshape(len(D), D[0].numel())  # scalars too
+    if not flat.numel():
+        return torch.zeros(5, len(D), len(D), dtype=torch.float64)
     keep = max(1, flat.shape[1] // 5)
     floor = flat.abs().kthvalue(flat.shape[1] - keep + 1, dim=1, keepdim=True).values
     total = torch.zeros(5, len(D), len(D)).to(flat.device, torch.float64)
@@ -209,6 +217,7 @@ def _layer(name: str, W0: Tensor, D: Tensor, settings: Report) -> tuple[Report, 
         "core": core.v.shape[1],
         "task": [task.v.shape[1] for task in tasks],
         **shares,
+        "filtered": _filtered(D) if settings["wiener"] else [math.nan] * len(D),
         "core_chance": chance,
         "enrichment": _mean(shares["intrusion"]) / chance,
         "shield_chance": mean(shares["shield"]) / n,
@@ -262,6 +271,12 @@ def _shares(D: Tensor, walls: Walls) -> dict[str, list[float]]:
     return found
 
 
+def _filtered(D: Tensor) -> list[float]:
+    """Share of each task's energy that `wiener` would remove; NaN where there is none."""
+    before, after = (x.double().square().sum((1, 2)) for x in (D, wiener(D)))
+    return (1 - after / before).tolist()
+
+
 def _similarity_by_chance(v0: Tensor, rank: int, tol: float, generator: RNG) -> Tensor:
     """Similarity of the walls of two tasks whose updates are random."""
     draws = [torch.randn(v0.shape[0], rank, generator=generator) for _ in range(2)]
@@ -300,6 +315,7 @@ def _summed_up(names: Sequence[str], looks: Sequence[_Look]) -> Report:
     summary = {
         "enrichment": _mean(row["enrichment"] for row in per_task.values()),
         "removed": _mean(row["removed"] for row in per_task.values()),
+        "filtered": _mean(row["filtered"] for row in per_task.values()),
         "shield": _mean(row["shield_chance"] for row in per_task.values()),
         "cosine": pairs["cosine"]["mean"],
         "sign_conflict": pairs["sign_conflict"]["mean"],
@@ -346,6 +362,7 @@ def _task(
         "core_chance": chance,
         "enrichment": intrusion / chance,
         "removed": average(row["removed"][t] for row in rows),
+        "filtered": average(row["filtered"][t] for row in rows),
         "shield_chance": average(row["shield"][t] / row["shape"][1] for row in rows),
         "suffers": _mean(hidden["values"][i][t] for i in others),
         "inflicts": _mean(hidden["values"][t][i] for i in others),

@@ -116,7 +116,7 @@ def _values(report: Report) -> Report:
 def _task(row: Report) -> list[str]:
     lengths = (number(row[key]) for key in ("norm_ratio", "matrix_share"))
     core = (number(row["intrusion"]), number(row["core_chance"]), number(row["enrichment"], 1, 1))
-    rest = ("removed", "shield_chance", "suffers", "inflicts", "half")
+    rest = ("removed", "shield_chance", "filtered", "suffers", "inflicts", "half")
     return [*lengths, *core, *(number(row[key]) for key in rest)]
 
 

@@ -252,7 +252,17 @@ def test_damaged_folders(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     weights.write_bytes(weights.read_bytes()[:-3])
     assert f"{weights} is no whole" in fails(capsys, 2, *arguments)
     weights.unlink()
-    assert "no adapter_model.safetensors" in fails(capsys, 2, *arguments)
+    assert "no adapter_model.safetensors: fetch it again" in fails(capsys, 2, *arguments)
+    save_file({"model.weight": torch.ones(2)}, folder / "model.safetensors")
+    error = fails(capsys, 2, *arguments)
+    assert "are a merged model, move adapter_config.json elsewhere, else fetch" in error
+
+
+def test_empty_factors_fit_nothing(base: Path, tmp_path: Path):
+    for a, b in (((2, 0), (6, 2)), ((2, 4), (0, 2)), ((0, 4), (6, 0))):
+        factors = {f"{Q}.lora_A.weight": torch.ones(a), f"{Q}.lora_B.weight": torch.ones(b)}
+        with pytest.raises(CheckpointError, match="does not fit|has rank 0"):
+            open_adapter(write(tmp_path / "x", factors), open_checkpoint(base))
 
 
 def test_settings_that_do_not_change_the_model_pass(base: Path, tmp_path: Path):
@@ -550,6 +560,12 @@ LOOSE = {
     f"{PREFIX}transformer.h.0.attn.c_attn.lora_A.weight": "PEFT adapter.*give the adapter's folder, with ada",
     "transformer.h.0.attn.c_attn.lora_A.weight": "PEFT adapter.*how to scale",
     "model.layers.0.self_attn.q_proj.lora_a": "an MLX adapter.*mlx_lm.fuse",
+    "layers.0.attn.q_proj.lora_a.weight": "an adapter of torchtune.*for PEFT",
+    "lora_unet_down_blocks_0_conv.diff": "a LyCORIS network",
+    "lora_unet_down_blocks_0_conv.diff_b": "a LyCORIS network",
+    "lora_unet_mid_block_q.b2.weight": "a LyCORIS network",
+    "lora_te_text_model_norm.w_norm": "a LyCORIS network",
+    "double_blocks.0.processor.qkv_lora1.down.weight": "diffusers' or Kohya's.*fuse_lora",
 }
 
 
@@ -571,6 +587,43 @@ def test_weights_of_an_adapter_without_its_folder(base: Path, tmp_path: Path, ca
     save_file(wrapped, tmp_path / "wrapped.safetensors")
     error = fails(capsys, 2, str(base), str(tmp_path / "wrapped.safetensors"), *out)
     assert "save what merge_and_unload() returns" in error
+
+
+def test_an_adapter_is_no_base(base: Path, tmp_path: Path, capsys):
+    folder = write(tmp_path / "x", pair(Q, 6, 4))
+    out = ["-o", str(tmp_path / "out.safetensors")]
+    for path in (folder, folder / "adapter_model.safetensors"):
+        error = fails(capsys, 2, str(path), str(base), *out)
+        assert f"{path} is an adapter, and no base: give the model that it was trained on" in error
+
+
+@pytest.mark.parametrize(
+    ("packed", "tool"),
+    [
+        ({f"{Q}.qweight": torch.ones(2, 6).int(), f"{Q}.g_idx": torch.ones(4).int()}, "GPTQ: .* GPTQModel"),
+        ({f"{Q}.qweight": torch.ones(2, 6).int()}, "GPTQ or AWQ: .* GPTQModel"),
+        ({f"{Q}.weight": torch.ones(12, 1).to(torch.uint8), f"{Q}.weight.absmax": torch.ones(2)},
+         r"bitsandbytes: .* transformers, from_pretrained\(folder\).dequantize\(\)"),
+        ({f"{Q}.weight": torch.ones(6, 4).to(torch.int8), f"{Q}.SCB": torch.ones(6)}, "bitsandbytes"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("start", ["", "model."])
+def test_a_packed_base_is_refused_with_the_tool_that_unpacks_it(
+    tmp_path: Path, packed: dict[str, Tensor], tool: str, start: str
+):
+    save_file({f"{start}{name}": x for name, x in packed.items()}, tmp_path / "base.safetensors")
+    folder = write(tmp_path / "x", pair(Q, 6, 4))
+    with pytest.raises(CheckpointError, match=f"acts on '{Q}', which .* packed by {tool}"):
+        open_adapter(folder, open_checkpoint(tmp_path / "base.safetensors"))
+
+
+def test_a_head_that_the_base_ties_to_its_table_is_refused(tmp_path: Path):
+    """PEFT merges it into the table too, so its merge_and_unload() is no way on."""
+    save_file({"model.embed_tokens.weight": torch.ones(9, 4)}, tmp_path / "base.safetensors")
+    folder = write(tmp_path / "x", pair("lm_head", 9, 4))
+    with pytest.raises(CheckpointError, match="tie_word_embeddings=False") as error:
+        open_adapter(folder, open_checkpoint(tmp_path / "base.safetensors"))
+    assert "merge_and_unload" not in str(error.value)
 
 
 def test_an_mlx_adapter_is_named(base: Path, tmp_path: Path):

@@ -11,7 +11,9 @@ from torch import Tensor
 
 import minipact as mp
 from helpers import close, normal
+from minipact.__main__ import main
 from minipact.alignment import View, is_buffer, twins
+from minipact.tensors import equal
 
 NAMES = ("layers.0.weight", "layers.1.weight", "norm.weight")
 
@@ -109,6 +111,7 @@ def test_types_that_no_merge_touches_go_through_files(tmp_path: Path):
 
 def test_true_biases_are_no_buffers():
     assert not is_buffer("attention.bias", torch.ones(4))
+    assert is_buffer("h.0.attn.bias", torch.ones(1, 1, 4, 4))  # GPT-2's mask, in half precision
     assert not is_buffer("my_position_ids_proj.weight", torch.ones(4))
     assert is_buffer("position_ids", torch.ones(1, 4))
 
@@ -222,15 +225,105 @@ def survey(tasks: int, entries: int):
         ("attn.in_proj_weight", ["attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight"]),
         ("mlp.gate_up_proj.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"]),
         ("attention.query_key_value.weight", ["attention.query.weight", "attention.key.weight"]),
+        ("attn.to_kv.weight", ["attn.to_k.weight", "attn.to_v.weight"]),
+        ("mlp.experts.down_proj", ["mlp.experts.0.down_proj.weight"]),
     ],
 )
-def test_fused_beside_split_is_refused_with_both_layouts(fused: str, split: list[str]):
+@pytest.mark.parametrize("missing", ["error", "base", "present"])
+def test_fused_beside_split_is_refused_with_both_layouts(
+    fused: str, split: list[str], missing: str
+):
     whole = {fused: torch.ones(12, 4)}
     parts = {name: torch.ones(4, 4) for name in split}
     for base, task in ((BASE | whole, ONE | parts), (BASE | parts, ONE | whole)):
         with pytest.raises(mp.MergeError, match="different layouts") as error:
-            merged(base, {"one": task})
+            merged(base, {"one": task}, missing=missing)
         assert f"'{fused}' in one piece and '{split[0]}' apart" in str(error.value)
+        left_out = merged(base, {"one": task}, exclude=f"{fused.partition('.')[0]}*")
+        assert close(left_out["norm.weight"], ONE["norm.weight"])
+
+
+INTS = {"int32": torch.ones(2, 4).int(), "uint8": torch.ones(8, 1).to(torch.uint8)}
+PACKED = {
+    "GPTQ": {"l.q.qweight": INTS["int32"], "l.q.scales": torch.ones(1, 4), "l.q.g_idx": INTS["int32"]},
+    "GPTQ or AWQ": {"l.q.qweight": INTS["int32"], "l.q.scales": torch.ones(1, 4)},
+    "bitsandbytes": {"l.q.weight": INTS["uint8"], "l.q.weight.absmax": torch.ones(2)},
+    "compressed-tensors": {"l.q.weight_packed": INTS["int32"], "l.q.weight_scale": torch.ones(4, 1)},
+    "HQQ": {"l.q.W_q": INTS["uint8"], "l.q.scale": torch.ones(4, 1)},
+    "quanto": {"l.q.weight._data": INTS["uint8"], "l.q.weight._scale": torch.ones(4, 1)},
+    "MXFP4": {"l.q_blocks": INTS["uint8"], "l.q_scales": INTS["uint8"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", PACKED)
+@pytest.mark.parametrize("missing", ["error", "base", "present"])
+def test_packed_beside_plain_is_refused_with_the_tool_that_unpacks(tool: str, missing: str):
+    plain = {"l.q" if tool == "MXFP4" else "l.q.weight": torch.ones(4, 4)}
+    kinds = [("plain", f"packed by {tool}"), (f"packed by {tool}", "plain")]
+    pairs = [(BASE | plain, ONE | PACKED[tool]), (BASE | PACKED[tool], ONE | plain)]
+    for (base, task), (ours, theirs) in zip(pairs, kinds, strict=True):
+        with pytest.raises(mp.MergeError) as error:
+            merged(base, {"one": task}, missing=missing)
+        assert f"the weight of 'l.q' is {ours} in the base, {theirs} in the task" in str(
+            error.value
+        )
+        assert "unpack it with" in str(error.value)
+        left_out = merged(base, {"one": task}, missing=missing, exclude="l.*")
+        assert close(left_out["norm.weight"], ONE["norm.weight"])
+
+
+@pytest.mark.parametrize("tool", PACKED)
+def test_packed_numbers_that_differ_name_the_tool(tool: str):
+    base, task = BASE | PACKED[tool], ONE | PACKED[tool]
+    assert close(merged(base, {"one": task})["norm.weight"], ONE["norm.weight"])
+    (name, packed), *_ = PACKED[tool].items()
+    with pytest.raises(mp.MergeError, match=f"'{name}' .* is packed by {tool}: unpack it with"):
+        merged(base, {"one": task | {name: packed + 1}})
+
+
+def test_whole_numbers_that_the_base_lacks_are_left_out_and_named():
+    lazy = mp.Merged(BASE, {"one": ONE | {"codes": torch.arange(3)}}, **SUM)
+    assert list(lazy) == list(BASE)
+    assert "'codes' left out" in " ".join(lazy.notes)
+    assert not mp.Merged(BASE, {"one": ONE | {"position_ids": torch.arange(3)}}, **SUM).notes
+
+
+def test_another_base_takes_a_few_lines():
+    base = {f"l.{i}.weight": torch.ones(4, 4) for i in range(30)}
+    task = {f"l.{i}.weight": torch.ones(3, 3) for i in range(30)}
+    with pytest.raises(mp.MergeError, match="22 more are unlike: is it tuned from this") as error:
+        merged(base, {"one": task})
+    assert len(str(error.value).splitlines()) == 9
+
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("one", [*FLOAT8, torch.uint16, torch.int64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "other", [*FLOAT8, torch.uint16, torch.bool, torch.float64, torch.complex64]
+)
+def test_numbers_of_any_types_are_compared(one: torch.dtype, other: torch.dtype):
+    x = torch.tensor([[0.0, 1.0]])
+    assert equal(x.to(one), x.to(other))
+    assert not equal(x.to(one), x.flip(1).to(other))
+    assert not equal(x.to(one), x[0].to(other))
+    same = x.to(other)
+    assert equal(same, same)
+
+
+@pytest.mark.parametrize("kind", FLOAT8)
+@pytest.mark.parametrize("missing", ["error", "present"])
+def test_float8_beside_other_types(kind: torch.dtype, missing: str):
+    task = {name: x.to(kind) for name, x in ONE.items()}
+    wide = {name: x.float() for name, x in task.items()}
+    found, wanted = (merged(BASE, {"one": x}, missing=missing) for x in (task, wide))
+    assert all(torch.equal(found[name], wanted[name]) for name in NAMES)
+    with pytest.raises(mp.MergeError, match="'one' equals the base"):
+        merged(wide, {"one": task}, missing=missing)
+    more = {"one": ONE | {"head": torch.rand(3)}, "two": TWO | {"head": torch.ones(3).to(kind)}}
+    with pytest.raises(mp.MergeError, match="'head' of task 'two' and of task 'one' differ"):
+        merged(BASE, more, missing="present")
 
 
 # ---- Other names ---------------------------------------------------------------------------------
@@ -246,6 +339,36 @@ def test_one_beginning_apart_is_found_and_said(prefix: str):
     shorter = mp.Merged(other, {"one": ONE, "two": model(20, prefix=prefix)}, **SUM)
     assert all(torch.equal(shorter[prefix + name], x) for name, x in plain.items())
     assert f"'{prefix}' is put before" in shorter.notes[0]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: name.replace("layers.", "layers._orig_mod."),
+        lambda name: f"_fsdp_wrapped_module.{name.replace('.w', '._checkpoint_wrapped_module.w')}",
+        lambda name: f"_orig_mod.{name.replace('layers.', 'layers._orig_mod.')}",
+    ],
+)
+def test_what_training_puts_around_modules_is_taken_off_anywhere(wrap):
+    wrapped = {wrap(name): x for name, x in ONE.items()}
+    lazy = mp.Merged(BASE, {"one": wrapped}, **SUM)
+    assert list(lazy) == list(BASE)
+    assert all(close(lazy[name], ONE[name]) for name in NAMES)
+    assert any("wrappers, such as _orig_mod" in note for note in lazy.notes)
+    prefixed = {f"net.{name}": x for name, x in wrapped.items()}
+    assert all(close(merged(BASE, {"one": prefixed})[name], ONE[name]) for name in NAMES)
+    base = {wrap(name): x for name, x in BASE.items()}
+    lazy = mp.Merged(base, {"one": ONE}, **SUM)
+    assert list(lazy) == list(base)
+    assert all(close(lazy[wrap(name)], ONE[name]) for name in NAMES)
+
+
+def test_wrappers_that_tell_two_tensors_apart_stay():
+    both = {"w": torch.ones(4, 4), "_orig_mod.w": torch.zeros(4, 4)}
+    found = merged(both, {"one": {name: x + 1 for name, x in both.items()}})
+    assert all(torch.equal(found[name], x + 1) for name, x in both.items())
+    with pytest.raises(mp.MergeError, match="'one' has '_orig_mod.w', unknown to the base"):
+        merged({"w": torch.zeros(4, 4)}, {"one": both})
 
 
 def test_a_head_beside_a_beginning_is_named():
@@ -324,6 +447,97 @@ def test_twins_are_merged_once_where_the_configuration_ties_them(
     assert torch.equal(table, head) == alike
     mean = sum(tied(seed)["lm_head.weight"] for seed in (10, 20)) / 2
     assert torch.allclose(table, mean, atol=1e-5)
+
+
+def written(path: Path, state: Mapping[str, Tensor], **config: object) -> Path:
+    path.mkdir()
+    save_file({name: x.clone() for name, x in state.items()}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_head_that_a_task_trained_apart_is_tied_no_more(
+    tmp_path: Path, copies: bool, nested: bool
+):
+    """Loaders that follow the configuration would overwrite the head with the table."""
+    says = (
+        {"text_config": {"tie_word_embeddings": True}} if nested else {"tie_word_embeddings": True}
+    )
+    base = written(tmp_path / "base", tied(0, copies), **says)
+    apart = tied(10) | {"lm_head.weight": torch.ones(9, 4)}
+    task = written(tmp_path / "one", apart, tie_word_embeddings=False)
+    recipe = mp.Recipe(missing="present")
+    summary = mp.merge_files(base, [task], tmp_path / "out", recipe)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.allclose(found[name], x, atol=1e-6) for name, x in apart.items())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert config.get("text_config", {"tie_word_embeddings": False})["tie_word_embeddings"] is False
+    assert "'lm_head.weight' is no copy of the token table any more" in " ".join(summary["notes"])
+
+
+def test_a_copy_of_the_table_that_the_base_does_not_store_is_left_out(tmp_path: Path):
+    base = written(tmp_path / "base", tied(0, copies=False), tie_word_embeddings=True)
+    task = written(tmp_path / "one", tied(10), tie_word_embeddings=True)
+    summary = mp.merge_files(base, [task], tmp_path / "out", mp.Recipe(scale=0.5))
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    assert set(found) == set(tied(0, copies=False))
+    assert torch.allclose(found[name], (tied(0)[name] + tied(10)[name]) / 2, atol=1e-6)
+    assert "'lm_head.weight' left out, a copy that the base does not" in " ".join(summary["notes"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == {"tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_copies_of_t5s_table_are_left_out(tmp_path: Path, shares: bool):
+    """transformers stores the table once in safetensors, and three times in a .bin file."""
+    once = {"shared.weight": normal(9, 4).float(), "l.weight": normal(4, 4).float()}
+    base = written(tmp_path / "base", once, model_type="t5")
+    more = [f"{part}.embed_tokens.weight" for part in ("decoder", "encoder")] + ["lm_head.weight"]
+    table = normal(9, 4, seed=9).float()
+    task = {name: table if shares else table.clone() for name in (*more, "shared.weight")}
+    torch.save(task | {"l.weight": torch.ones(4, 4)}, tmp_path / "one.bin")
+    for given in (base, base / "model.safetensors"):
+        mp.merge_files(given, [tmp_path / "one.bin"], tmp_path / "out.safetensors", overwrite=True)
+        found = load_file(tmp_path / "out.safetensors")
+        assert set(found) == set(once)
+        assert torch.allclose(found["shared.weight"], table, atol=1e-6)
+        page = ["-o", str(tmp_path / "out.html"), "--overwrite", "--quiet"]
+        assert main(["xray", str(given), str(tmp_path / "one.bin"), *page]) == 0
+
+
+@pytest.mark.parametrize("theirs", ["copy", "none", "other"])
+def test_second_names_in_a_pickle_and_their_forms_elsewhere(tmp_path: Path, theirs: str):
+    """The base shares one tensor, as .bin files do; a task in safetensors may hold one name only."""
+    state = tied(0)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    torch.save(state, tmp_path / "base.bin")
+    task = tied(10, copies=theirs != "none")
+    if theirs == "other":
+        task["lm_head.weight"] = torch.ones(9, 4)
+    save_file(task, tmp_path / "one.safetensors")
+    out = tmp_path / "out.safetensors"
+    mp.merge_files(tmp_path / "base.bin", [tmp_path / "one.safetensors"], out, mp.Recipe(scale=0.5))
+    found = load_file(out)
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    assert torch.allclose(found[table], (state[table] + task[table]) / 2, atol=1e-6)
+    assert torch.allclose(found[head], (state[head] + task.get(head, task[table])) / 2, atol=1e-6)
+    assert torch.equal(found[table], found[head]) == (theirs != "other")
+
+
+def test_an_adapter_of_a_tied_table_is_told_to_reach_the_head(tmp_path: Path):
+    base = written(tmp_path / "base", tied(0, copies=False), tie_word_embeddings=True)
+    (tmp_path / "one").mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (tmp_path / "one" / "adapter_config.json").write_text(json.dumps(config))
+    start = "base_model.model.model.embed_tokens.lora_embedding_"
+    factors = {f"{start}A": torch.ones(2, 9), f"{start}B": torch.ones(4, 2)}
+    save_file(factors, tmp_path / "one" / "adapter_model.safetensors")
+    notes = mp.merge_files(base, [tmp_path / "one"], tmp_path / "out")["notes"]
+    assert "'model.embed_tokens.weight' reaches the head that is tied to it" in " ".join(notes)
 
 
 # ---- Views ---------------------------------------------------------------------------------------

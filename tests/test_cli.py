@@ -130,7 +130,9 @@ def test_dry_run_writes_nothing(files: Path, capsys: pytest.CaptureFixture[str])
 
 def test_methods(capsys: pytest.CaptureFixture[str]):
     assert main(["methods"]) == 0
-    assert "arXiv 2606.18627" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "arXiv 2606.18627" in told
+    assert "statistics of data: covariance (minipact statistics)" in told
     assert main(["methods", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in rows} == set(mp.METHODS)

@@ -1,4 +1,4 @@
-"""Fisher information against closed forms and against plain autograd, sample by sample."""
+"""Statistics of data: Fisher information against closed forms and plain autograd, gradients, covariances."""
 
 import pytest
 import torch
@@ -169,3 +169,121 @@ def test_fisher_refuses_models_without_classes_or_weights():
         )
     with pytest.raises(mp.MergeError, match="no parameters"):
         mp.fisher(nn.Identity(), [X])
+
+
+# ---- Magnitudes of gradients ---------------------------------------------------------------------
+
+
+def test_gradient_magnitudes_are_taken_for_every_sample():
+    y = torch.arange(50) % 2
+    found = mp.gradient_magnitudes(Logistic(W), [(X[:20], y[:20]), (X[20:], y[20:])])
+    assert close(found["w"], ((y - P)[:, None] * X).abs().mean(0))
+    half = mp.gradient_magnitudes(Logistic(W), [(X, y)], chunk=7)
+    assert close(found["w"], half["w"])
+    with pytest.raises(mp.MergeError, match="needs batches of pairs"):
+        mp.gradient_magnitudes(Logistic(W), [X])
+    with pytest.raises(mp.MergeError, match="at least one sample"):
+        mp.gradient_magnitudes(Logistic(W), [])
+
+
+# ---- Covariances of inputs -----------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Linear layers on single inputs and on tokens, and attention to oneself and to others."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 8)
+        self.own = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.cross = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        self.idle = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        x = scale * self.first(x)
+        x = x + self.own(x, x, x)[0]
+        return self.layer(x + self.cross(x, key=x[:, :2], value=x[:, :2])[0])
+
+
+def heads_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """What the output projections of the two attentions see, from the definition of attention."""
+
+    def mixed(module: nn.MultiheadAttention, query: Tensor, keys: Tensor) -> Tensor:
+        projections = module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3)
+        q, k, v = (
+            nn.functional.linear(s, w, b).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+            for s, w, b in zip((query, keys, keys), *projections, strict=True)
+        )
+        weights = (q @ k.mT / module.head_dim**0.5).softmax(-1)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+    after = x + model.own(x, x, x)[0]
+    return {
+        "own.out_proj.weight": mixed(model.own, x, x),
+        "cross.out_proj.weight": mixed(model.cross, after, after[:, :2]),
+    }
+
+
+def second_moment(x: Tensor) -> Tensor:
+    x = x.double().flatten(0, -2)
+    return x.mT @ x / len(x)
+
+
+def test_covariances_are_second_moments_of_what_layers_see():
+    model, x = Tokens().double(), normal(5, 4, 6)
+    found = mp.input_covariances(model, [x[:2], (x[2:], "labels")])
+    own = model.first(x)
+    assert close(found["first.weight"], second_moment(x))
+    assert close(found["own.in_proj_weight"], second_moment(own))
+    mixed = own + model.own(own, own, own)[0]
+    for name, inside in heads_of(model, own).items():
+        assert close(found[name], second_moment(inside))
+    inside = mixed + model.cross(mixed, mixed[:, :2], mixed[:, :2])[0]
+    assert close(found["layer.self_attn.in_proj_weight"], second_moment(inside))
+    assert set(found) == {
+        "first.weight", "own.in_proj_weight", "own.out_proj.weight", "cross.out_proj.weight",
+        "layer.self_attn.in_proj_weight", "layer.self_attn.out_proj.weight", "layer.linear1.weight",
+        "layer.linear2.weight",
+    }  # fmt: skip
+    assert found["layer.linear2.weight"].shape == (12, 12)
+    twice = mp.input_covariances(model, [{"x": x, "scale": 2.0}])
+    assert close(twice["own.in_proj_weight"], 4 * found["own.in_proj_weight"])
+
+
+def test_a_model_is_left_as_it_was_by_covariances():
+    model = Small()
+    model.normed.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    mp.input_covariances(model, [torch.zeros(3, 2, 8)])
+    assert modes == {name: module.training for name, module in model.named_modules()}
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_covariances_reach_regmean():
+    base, first, second = (nn.Linear(5, 3) for _ in range(3))
+    x = [normal(40, 5, seed=s).float() for s in (1, 2)]
+    pairs = zip((first, second), x, strict=True)
+    states = [mp.input_covariances(model, [seen]) for model, seen in pairs]
+    recipe = {"rule": "regmean", "options": {"regmean": {"off_diagonal": 1.0}}}
+    tasks = [model.state_dict() for model in (first, second)]
+    merged = mp.merge(base.state_dict(), tasks, statistics={"covariance": states}, **recipe)
+    X = torch.cat(x).double()
+    Y = torch.cat([a @ t["weight"].mT for a, t in zip(x, tasks, strict=True)]).double()
+    assert torch.allclose(
+        merged["weight"].double(), torch.linalg.lstsq(X, Y).solution.mT, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "message"),
+    [
+        (nn.Linear(2, 2), [], "no linear layer saw an input: give batches"),
+        (nn.ReLU(), [torch.ones(2, 2)], "no linear layer saw an input"),
+        (nn.Linear(2, 2), [torch.tensor([[1.0, torch.inf]])], "inputs of 'weight' are not finite"),
+    ],
+)
+def test_covariances_that_cannot_be(model: nn.Module, batches: list[Tensor], message: str):
+    with pytest.raises(mp.MergeError, match=message):
+        mp.input_covariances(model, batches)

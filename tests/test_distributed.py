@@ -59,6 +59,8 @@ def processes(arguments: list[str], count: int = 2) -> list[subprocess.Popen[str
     [
         ("out", ["--rule", "tsv_m", "--purify", "pact", "--max-shard-size", "1MB"]),
         ("out.safetensors", ["--rule", "ties", "--purify", "dare"]),
+        ("out.safetensors", ["--rule", "knots", "--purify", "awd"]),
+        ("out.safetensors", ["--rule", "consensus", "--purify", "tatr"]),
     ],
 )
 def test_two_processes_write_the_bytes_of_one(

@@ -14,6 +14,7 @@ import texts
 import verdicts
 from benches import open_bench
 from helpers import ROOT, normal
+from rows import path_of
 from sums import DataError
 
 pytestmark = pytest.mark.slow
@@ -190,7 +191,7 @@ def test_a_row_of_the_fair_table_comes_out_again():
     """The sum of the four unseen tasks, on test data; another processor may turn a few answers."""
     bench = open_bench("encoder_unseen")
     wanted = fair_table.key(fair_table.alone("task_arithmetic", "mean"))
-    rows = fair_table.read(fair_table.FOLDER / "encoder_unseen.jsonl")
+    rows = fair_table.read(path_of("encoder_unseen"))
     row = next(row for row in rows if fair_table.row_key(row) == wanted)
     assert row["digest"] == bench.digest[:16]
     again = verdicts.hits(fair_table.tested(bench, bench.tasks, row))

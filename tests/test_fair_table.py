@@ -13,8 +13,9 @@ import controls
 import fair_table
 import minipact as mp
 import verdicts
-from benches import Bench, Hits, mean_accuracy, open_bench
+from benches import Bench, Hits, digest_of, mean_accuracy, open_bench
 from helpers import ROOT, close, flat, normal, problem, rng, small_model
+from rows import path_of
 
 BASE = small_model(0)
 TASKS = {f"task{t}": small_model(100 * t, BASE) for t in (1, 2, 3)}
@@ -68,7 +69,7 @@ def test_our_own_filter_is_the_frozen_one():
     assert mp.METHODS["wiener"].options == frozen
     log = (fair_table.FOLDER / "LOG.md").read_text()
     assert 'wiener(D, claims=30.0, ridge=1.0, side="both")' in log
-    recorded = fair_table.read(fair_table.FOLDER / "encoder_unseen.jsonl")
+    recorded = fair_table.read(path_of("encoder_unseen"))
     wanted = [
         fair_table.key(recipe) for recipe in fair_table.wanted_rows("encoder_unseen", "unseen")
     ]
@@ -159,7 +160,7 @@ def test_a_row_has_the_scale_of_the_best_length(bench: Bench):
 
 
 def test_rows_are_measured_once_and_resumed(bench: Bench, tmp_path: Path):
-    path = tmp_path / "zoo0.jsonl"
+    path = path_of("zoo0", tmp_path)
     wanted = [fair_table.alone(rule, "mean") for rule in ("task_arithmetic", "tsv_m")]
     wanted.append(fair_table.behind("tsv_m", "sift", {"core": 0.1}))
     fair_table.fill(bench, path, wanted[:1], test=False)
@@ -182,7 +183,7 @@ def test_rows_are_measured_once_and_resumed(bench: Bench, tmp_path: Path):
 
 
 def test_rows_of_another_training_are_measured_anew(bench: Bench, tmp_path: Path):
-    path = tmp_path / "zoo0.jsonl"
+    path = path_of("zoo0", tmp_path)
     wanted = [fair_table.alone("tsv_m", "mean")]
     fair_table.fill(bench, path, wanted, test=False)
     other = Bench("zoo0", "zoo", "other", BASE, TASKS, bench.judge)
@@ -202,7 +203,7 @@ def test_settings_are_chosen_on_the_other_kind(tmp_path: Path, monkeypatch: pyte
             settings = fair_table.FILTERS[recipe.purify[0]] if recipe.purify else [{}]
             liked = [*row["options"].values(), {}][0] == settings[favourite % len(settings)]
             rows.append(row | {"val": 0.9 if liked else 0.5})
-        fair_table.write(tmp_path / f"{model}.jsonl", rows)
+        fair_table.write(path_of(model, tmp_path), rows)
 
     record("zoo0", 3)
     record("encoder", 1)
@@ -215,7 +216,7 @@ def test_settings_are_chosen_on_the_other_kind(tmp_path: Path, monkeypatch: pyte
             assert fair_table.key(recipe) == fair_table.key(
                 fair_table.behind(recipe.rule, name, settings)
             )
-    (tmp_path / "zoo0.jsonl").unlink()
+    path_of("zoo0", tmp_path).unlink()
     with pytest.raises(SystemExit, match="settings first"):
         fair_table.wanted_rows("encoder", "final")
 
@@ -263,7 +264,7 @@ def test_a_rule_alone_takes_the_vectors_that_validation_prefers(tmp_path: Path):
         recorded([], "rule", 0.8, b),
         recorded(["pact"], "mean", 0.75, c),
     ]
-    fair_table.write(tmp_path / "zoo0.jsonl", rows)
+    fair_table.write(path_of("zoo0", tmp_path), rows)
     assert verdicts.mean_alone(["zoo0"], "ties", tmp_path) == 100 * verdicts.accuracy(b)
     assert verdicts.gains(["zoo0"], "ties", "pact", tmp_path) == verdicts.gain([c], [b])
     assert verdicts.gains(["zoo0"], "ties", "sift", tmp_path) is None
@@ -281,7 +282,7 @@ def test_gains_that_both_intervals_hold_above_zero_are_bold(tmp_path: Path):
     mixed = {t: np.arange(verdicts.TESTS) < (300 if i else 1) for i, t in enumerate(tasks)}
     for behind, bold in ((high, True), (mixed, False)):
         rows = [recorded([], "mean", 0.7, low), recorded(["pact"], "mean", 0.75, behind)]
-        fair_table.write(tmp_path / "zoo0.jsonl", rows)
+        fair_table.write(path_of("zoo0", tmp_path), rows)
         line = verdicts.markdown(["zoo0"], tmp_path).splitlines()[2]
         assert ("**" in line) == bold
 
@@ -293,7 +294,7 @@ def test_two_filters_are_compared_over_the_same_examples(tmp_path: Path):
         recorded(["sift"], "mean", 0.7, b),
         recorded(["pact"], "mean", 0.7, c),
     ]
-    fair_table.write(tmp_path / "zoo0.jsonl", rows)
+    fair_table.write(path_of("zoo0", tmp_path), rows)
     found = verdicts.contrast(["zoo0"], "ties", "pact", "sift", tmp_path)
     assert found == verdicts.gain([c], [b])
     assert verdicts.contrast(["zoo0"], "ties", "pact", "wiener", tmp_path) is None
@@ -301,25 +302,44 @@ def test_two_filters_are_compared_over_the_same_examples(tmp_path: Path):
 
 # ---- What is published ---------------------------------------------------------------------------
 
+KINDS = {"zoos": ["zoo0", "zoo1", "zoo2"], "encoder": ["encoder"]}
+MODELS = [model for models in KINDS.values() for model in models]
 
-def test_no_number_in_the_readme_differs_from_the_table():
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_number_in_the_readme_differs_from_the_table(kind: str):
     text = (ROOT / "README.md").read_text()
-    tables = re.findall(r"<!-- fair table: zoo0 -->\n(.*?)\n\n", text, re.DOTALL)
-    assert tables == [verdicts.markdown(["zoo0"])]
+    tables = re.findall(rf"<!-- fair table: {kind} -->\n(.*?)\n\n", text, re.DOTALL)
+    assert tables == [verdicts.markdown(KINDS[kind])]
 
 
-def test_the_table_of_zoo_0_is_whole_and_its_settings_come_from_the_encoder():
-    wanted = [fair_table.key(recipe) for recipe in fair_table.wanted_rows("zoo0", "final")]
-    assert not set(wanted) - {fair_table.row_key(row) for row in verdicts.load("zoo0")}
+@pytest.mark.parametrize("model", MODELS)
+def test_the_table_is_whole_and_its_settings_come_from_the_other_kind(model: str):
+    wanted = [fair_table.key(recipe) for recipe in fair_table.wanted_rows(model, "final")]
+    assert not set(wanted) - {fair_table.row_key(row) for row in verdicts.load(model)}
+
+
+@pytest.mark.parametrize("model", ["zoo0", "zoo1", "zoo2", "encoder", "encoder_unseen"])
+def test_rows_belong_to_the_weights_in_this_repository(model: str):
+    folder = {"zoo0": "zoo"}.get(model, model.removesuffix("_unseen"))
+    digest = digest_of(ROOT / "data" / folder)[:16]
+    assert {row["digest"] for row in fair_table.read(path_of(model))} == {digest}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rule", "name"), [("tsv_m", ""), ("task_arithmetic", "pact"), ("ties", "wiener")]
+    ("model", "rule", "name"),
+    [
+        ("zoo0", "tsv_m", ""),
+        ("zoo0", "task_arithmetic", "pact"),
+        ("zoo1", "ties", "wiener"),
+        ("zoo2", "iso_c", "updates_shield"),
+        ("encoder", "task_arithmetic", "pact"),
+    ],
 )
-def test_published_rows_come_out_again(rule: str, name: str):
+def test_published_rows_come_out_again(model: str, rule: str, name: str):
     """Processors round differently: one example in a hundred may turn, the average by a quarter point."""
-    bench, rows = open_bench("zoo0"), verdicts.load("zoo0")
+    bench, rows = open_bench(model), verdicts.load(model)
     row = verdicts.behind(rows, rule, name) if name else verdicts.alone(rows, rule)
     assert row is not None
     assert row["digest"] == bench.digest[:16]

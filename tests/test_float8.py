@@ -105,6 +105,11 @@ def test_a_float8_weight_with_a_scale_that_is_not_its_own_is_refused(tmp_path: P
             r"'q.weight_scale' \(3,\) fits neither rows nor blocks of 'q.w",
         ),
         ({"q.weight_scale": torch.ones(5, 7)}, "fits neither rows nor blocks"),
+        (
+            {"q.weight": torch.zeros(0, 6).to(FLOAT8), "q.weight_scale": torch.ones(2, 3)},
+            "fits neither rows nor blocks",
+        ),
+        ({"q.odd": torch.ones(1)}, "'q.weight' is float8 beside 'q.odd', not understood"),
     ],
 )
 def test_what_is_not_understood_is_named(tmp_path: Path, more: dict, message: str):
@@ -115,6 +120,42 @@ def test_what_is_not_understood_is_named(tmp_path: Path, more: dict, message: st
         mp.merge_files(
             tmp_path / "base.safetensors", [tmp_path / "task.safetensors"], tmp_path / "out"
         )
+
+
+def test_what_is_cast_to_float8_as_a_whole_stays_float8(tmp_path: Path):
+    """No tool has packed it, so what stands beside a weight says nothing of it."""
+    state = {
+        "text_projection": normal(4, 4),
+        "class_embedding": normal(4),
+        "q.weight": normal(4, 4),
+    }
+    cast = {name: x.float().to(FLOAT8) for name, x in state.items()}
+    cast |= {
+        "logit_scale": torch.ones(()),
+        "q.bias": torch.ones(4),
+        "q.weight_ih_l0": torch.ones(4),
+    }
+    cast |= {"position_ids": torch.arange(3), "q.position_ids": torch.arange(3)}
+    save_file(cast, tmp_path / "x.safetensors")
+    read = open_checkpoint(tmp_path / "x.safetensors")
+    with pytest.raises(mp.CheckpointError, match="'q.weight' is float8 beside 'q.weight_ih_l0'"):
+        dequantized(read)
+    assert dequantized(read.without(["q.weight_ih_l0"])).keys() == cast.keys() - {"q.weight_ih_l0"}
+
+
+def test_the_command_line_merges_float8_and_other_types(tmp_path: Path):
+    """Case: torch compares no float8 with another type, which was a traceback."""
+    kinds = (FLOAT8, torch.bfloat16, torch.float8_e5m2)
+    states = [{"w": normal(6, 4, seed=i).float().to(kind)} for i, kind in enumerate(kinds)]
+    files = [str(tmp_path / f"{i}.safetensors") for i in range(3)]
+    for state, file in zip(states, files, strict=True):
+        save_file(state, file)
+    for i, j in ((0, 1), (1, 0), (0, 2)):
+        out = tmp_path / f"{i}{j}.safetensors"
+        assert main(["merge", files[i], files[j], "-o", str(out), "--dtype", "float32"]) == 0
+        assert torch.allclose(load_file(out)["w"], states[j]["w"].float(), atol=1e-6)
+        page = tmp_path / f"{i}{j}.html"
+        assert main(["xray", files[i], files[j], "-o", str(page), "--quiet"]) == 0
 
 
 def test_tensors_are_of_the_type_that_the_merge_announces(tmp_path: Path):

@@ -26,6 +26,7 @@ from minipact.__main__ import PURIFIERS, RULES, main
 from minipact.checkpoints import open_checkpoint
 from minipact.errors import CheckpointError
 from minipact.layouts import find_layout
+from minipact.merging import METHODS
 from minipact.methods import is_built_in
 from minipact.output import Output
 
@@ -195,6 +196,38 @@ def test_folders_without_a_model_say_what_to_give(
     tmp_path: Path, files: list[str], parts: list[str]
 ):
     refused(write(tmp_path, {name: {} if ".json" in name else model() for name in files}), *parts)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["tf_model.h5", "config.json"], "but 'tf_model.h5', which is not read here: save the"),
+        (["flax_model.msgpack"], "but 'flax_model.msgpack', which is not read"),
+        (["weights.npz"], "but 'weights.npz', which is not read here"),
+        (["fsdp_0/__0_0.distcp"], "a distributed checkpoint, fsdp_0: .*dcp_to_torch"),
+        (["__0_0.distcp", ".metadata"], "a distributed checkpoint, x: .*dcp_to_torch"),
+        (["zero_to_fp32.py", "latest", "global_step9/mp_rank_00_model_states.pt"], "run its zero_to_fp32"),
+        (["snapshots/abc/model.safetensors"], "an entry of a cache: give a folder in it, 'snapshots/abc'"),
+        (["consolidated.00.pth", "consolidated.01.pth"], "holds parts of a model, 'consolidated.00.pth', 'c"),
+        (["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"], "holds parts of a model"),
+        (["consolidated.00.pth", "params.json"], "name the file, consolidated.00.pth"),
+    ],
+)  # fmt: skip
+def test_folders_of_other_tools_say_what_to_do(tmp_path: Path, names: list[str], message: str):
+    for name in names:
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / name).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "x")
+
+
+def test_one_part_of_a_parallel_model_is_no_model(tmp_path: Path):
+    """Merging the first of two would give half a model."""
+    first = tmp_path / "consolidated.00.pth"
+    torch.save(model(), first)
+    assert same(open_checkpoint(first), model())
+    torch.save({"c.weight": single(2, 2)}, tmp_path / "consolidated.01.pth")
+    refused(first, "one of 2 parts of a model, 'consolidated.00.pth', 'consolidated.01.pth': join")
 
 
 def test_other_names_are_kept(tmp_path: Path):
@@ -481,7 +514,9 @@ def test_a_module_that_a_task_lacks_is_refused_by_name(
     assert "task 'a' lacks '2_Dense/linear.bias', '2_Dense/linear.weight'" in error
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [r for r in RULES if not {"covariance", "fisher"} & {*METHODS[r].needs}]
+)
 def test_a_module_that_no_task_changed_stays_as_it_is(tmp_path: Path, rule: str):
     for seed, name in enumerate(("base", "a", "b")):
         sentence_model(tmp_path / name, seed)
@@ -871,6 +906,82 @@ def test_the_lines_that_save_a_module_again_work(tmp_path: Path):
     assert same(open_checkpoint(follow(tmp_path / "x.pt")), module.state_dict())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_older_protocols_are_refused_as_such(tmp_path: Path, legacy: bool, kind: type):
+    options = {"_use_new_zipfile_serialization": not legacy}
+    torch.save(kind(model()), tmp_path / "x.pt", pickle_protocol=0, **options)
+    refused(
+        tmp_path / "x.pt", "protocol 0, which torch writes and cannot read: save it again where"
+    )
+    torch.save(kind(model()), tmp_path / "x.pt", pickle_protocol=1, **options)
+    refused(tmp_path / "x.pt", "is in pickle's protocol 1, which is not read here")
+    assert same(open_checkpoint(follow(tmp_path / "x.pt")), model())
+
+
+@pytest.mark.slow
+def test_pickles_that_torch_did_not_write_are_refused_as_such(tmp_path: Path):
+    for content in (model(), {name: x.numpy() for name, x in model().items()}):
+        (tmp_path / "x.pt").write_bytes(pickle.dumps(content))
+        refused(tmp_path / "x.pt", "is a pickle, but none of torch.save")
+        written = follow(tmp_path / "x.pt")
+        assert same(open_checkpoint(written), model())
+        written.unlink()
+
+
+# ---- Files of another kind than their names say --------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "is a pointer of Git LFS",
+        ),
+        (b"\n<!DOCTYPE html><html>Sign in</html>", "is a web page"),
+        (b"GGUF\x03\0\0\0", "is a GGUF file"),
+        (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, message: str, ending: str):
+    (tmp_path / f"model.{ending}").write_bytes(content)
+    refused(tmp_path / f"model.{ending}", f"model.{ending} {message}")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_wrong_endings_are_named(tmp_path: Path, zipped: bool):
+    torch.save(model(), tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    (tmp_path / "x.pt").rename(tmp_path / "model.safetensors")
+    refused(tmp_path / "model.safetensors", "is a file of torch.save by its content")
+    save_file(model(), tmp_path / "y.safetensors")
+    (tmp_path / "y.safetensors").rename(tmp_path / "y.bin")
+    refused(tmp_path / "y.bin", "is a safetensors file by its content: end its name")
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])  # 80 02 to 80 05, as pickles begin
+def test_headers_of_any_length_are_headers(tmp_path: Path, length: int):
+    for pad in range(1500):
+        save_file(model(), tmp_path / "x.safetensors", metadata={"pad": "x" * pad})
+        if int.from_bytes((tmp_path / "x.safetensors").read_bytes()[:8], "little") == length:
+            break
+    assert same(open_checkpoint(tmp_path / "x.safetensors"), model())
+
+
+def test_archives_and_other_files_are_no_state_dicts(tmp_path: Path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("a.npy", b"x")
+    refused(tmp_path / "x.pt", "is a zip archive, but none of torch.save")
+    (tmp_path / "x.pt").write_bytes(b"\xff\xfe something else")
+    refused(tmp_path / "x.pt", "is no file of torch.save: fetch it again")
+    (tmp_path / "x.pt").write_bytes(b"")
+    refused(tmp_path / "x.pt", "is empty: copy or download it again")
+
+
 # ---- What else belongs to a model ----------------------------------------------------------------
 
 
@@ -906,6 +1017,13 @@ def test_all_but_weights_and_training_is_copied(tmp_path: Path, capsys: pytest.C
     found = layouts.side_files(find_layout(tmp_path / "base"))
     assert sorted(found.unmerged) == sorted([*left, "onnx/", "unet/"])
     assert not list(tmp_path.rglob("ran"))
+
+
+def test_an_adapter_beside_the_weights_is_not_taken_along(tmp_path: Path):
+    """transformers loads the adapter of a folder that holds its configuration."""
+    found = side(tmp_path, {"adapter_config.json": {}, "adapter_model.safetensors": model(2)})
+    assert found.files == []
+    assert found.unmerged == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_large_files_stay_out_and_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

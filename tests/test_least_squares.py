@@ -1,4 +1,4 @@
-"""The methods that solve a least-squares problem per matrix: WUDI, ACE-Merging and the Wiener filter."""
+"""The least-squares family: WUDI, SWUDI, RegMean, Fisher merging, ACE-Merging, the Wiener filter and PAVE."""
 
 import itertools
 import math
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import minipact as mp
-from helpers import normal, problem, same, single, small_model
+from helpers import close, data_of, normal, problem, same, single, small_model
 from minipact import plain
+from minipact.least_squares import allocated_ranks
 
 BASE = small_model(0)
 TASKS = [small_model(100 * t, BASE) for t in (1, 2, 3)]
@@ -102,6 +103,140 @@ def test_wudi_turns_with_inputs_and_outputs():
     for ridge in (1e-3, 0):
         turned = mp.wudi(u @ D @ v, ridge=ridge)
         assert torch.allclose(turned, u @ mp.wudi(D, ridge=ridge) @ v, atol=1e-9)
+
+
+# ---- SWUDI ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [mp.swudi, plain.swudi])
+def test_swudi_by_hand(function):
+    """The Gram sum is the identity, so each direction is filled by 1 - exp(-time)."""
+    D = matrices([[2, 0], [0, 0]], [[0, 0], [0, 3]])
+    assert torch.allclose(function(D, time=0.5), (1 - math.exp(-0.5)) * D.sum(0))
+    # Squared singular values 8/9, 1/9 and 1 of G are 8/6, 1/6 and 3/2 in units of their mean, 2/3.
+    D = matrices([[4, 0, 0], [0, 2**0.5, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 0], [0, 0, 5]])
+    filled = 1 - torch.exp(-torch.tensor([8 / 6, 1 / 6, 3 / 2]).double())
+    assert torch.allclose(function(D, time=1.0), D.sum(0) * filled)
+    assert torch.allclose(
+        function(D, time=1e9, rank=1), torch.diag(torch.tensor([0, 0, 5.0]).double())
+    )
+    assert torch.allclose(function(D, time=1e9, rank="energy:0.9"), D.sum(0) * filled.ge(0.5))
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 7), (7, 12)])
+def test_swudi_is_gradient_flow_from_zero(m: int, n: int):
+    """Many short steps along WUDI's gradient, in units of the mean eigenvalue of G."""
+    D = normal(3, m, n)
+    norms = D.square().sum((1, 2), keepdim=True)
+    G = (D.mT @ D / norms).sum(0)
+    unit, steps, time = G.trace() / n, 20000, 2.0
+    M = torch.zeros(m, n).double()
+    for _ in range(steps):
+        M -= time / unit / steps * ((M - D) @ D.mT @ D / norms).sum(0)
+    assert torch.allclose(mp.swudi(D, time=time), M, atol=1e-3)
+
+
+def test_swudi_tends_to_wudi_and_starts_at_zero():
+    D = low_ranks(10, 12, 2, tasks=3)
+    assert torch.allclose(mp.swudi(D, time=1e12), mp.wudi(D, ridge=0), atol=1e-8)
+    losses = [interference(mp.swudi(D, time=time), D) for time in (1e-6, 0.1, 1, 10, 1e6)]
+    assert losses == sorted(losses, reverse=True)
+    assert mp.swudi(D, time=1e-9).norm() < 1e-6 * D.norm()
+
+
+def test_swudi_of_one_task_and_of_zero_updates():
+    D = low_ranks(9, 6, 2, tasks=1)
+    assert torch.allclose(mp.swudi(D, time=1e9), D[0], atol=1e-9)
+    with_zero = torch.cat([D, torch.zeros_like(D)])
+    assert torch.allclose(mp.swudi(with_zero), mp.swudi(D), atol=1e-12)
+    assert not mp.swudi(torch.zeros_like(with_zero)).any()
+
+
+def test_swudi_turns_with_inputs_and_outputs():
+    _, D = problem()
+    u, v = orthogonal(40, 1), orthogonal(30, 2)
+    for rank in (None, 5):
+        turned = mp.swudi(u @ D @ v, rank=rank)
+        assert torch.allclose(turned, u @ mp.swudi(D, rank=rank) @ v, atol=1e-9)
+
+
+# ---- RegMean and Fisher merging ------------------------------------------------------------------
+
+
+def covariances(D: Tensor, seed: int = 0) -> Tensor:
+    """Of full rank, [T, n, n]."""
+    T, _, n = D.shape
+    X = normal(T, 3 * n, n, seed=seed)
+    return X.mT @ X / (3 * n)
+
+
+@pytest.mark.parametrize("function", [mp.regmean, plain.regmean])
+def test_regmean_by_hand(function):
+    """Task 1 sees input 1 thrice as often as task 2, and input 2 as often."""
+    D = matrices([[4, 2], [0, 2]], [[0, 4], [8, 0]])
+    C = matrices([[3, 0], [0, 1]], [[1, 0], [0, 1]])
+    assert torch.allclose(function(D, C), matrices([[3, 3], [2, 1]])[0])
+    # [[2, 2], [2, 2]] with half its sides is [[2, 1], [1, 2]], the sum with the identity [[3, 1], [1, 3]]
+    C = matrices([[2, 2], [2, 2]], [[1, 0], [0, 1]])
+    D = matrices([[1, 0], [0, 0]], [[0, 0], [0, 1]])
+    expected = matrices([[2, 1], [0, 1]])[0] @ matrices([[3, -1], [-1, 3]])[0] / 8
+    assert torch.allclose(function(D, C, off_diagonal=0.5), expected)
+
+
+@pytest.mark.parametrize("off_diagonal", [0.0, 0.9, 1.0])
+def test_regmean_solves_its_least_squares_problem(off_diagonal: float):
+    _, D = problem(12, 9)
+    C = covariances(D)
+    M = mp.regmean(D, C, off_diagonal=off_diagonal)
+    shrunk = off_diagonal * C + (1 - off_diagonal) * torch.diag_embed(C.diagonal(dim1=1, dim2=2))
+    assert ((M - D) @ shrunk).sum(0).abs().max() < 1e-12
+    W0 = normal(12, 9, seed=8)
+    weights = ((W0 + D) @ shrunk).sum(0) @ torch.linalg.inv(shrunk.sum(0))
+    assert torch.allclose(W0 + M, weights, atol=1e-10), "on weights as on updates"
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(12, 8, 8), (10, 12, 2)])
+def test_regmean_with_the_grams_of_the_updates_is_wudi(m: int, n: int, rank: int):
+    D = low_ranks(m, n, rank, tasks=3)
+    grams = D.mT @ D / D.square().sum((1, 2), keepdim=True)
+    assert torch.allclose(mp.regmean(D, grams, off_diagonal=1.0), mp.wudi(D, ridge=0), atol=1e-8)
+
+
+def test_regmean_of_one_task_and_of_equal_inputs():
+    _, D = problem(12, 9)
+    C = covariances(D)
+    assert torch.allclose(mp.regmean(D[:1], C[:1]), D[0], atol=1e-12)
+    assert torch.allclose(mp.regmean(D, C[:1].expand(4, 9, 9)), D.mean(0), atol=1e-12)
+    order = [2, 0, 3, 1]
+    assert torch.allclose(mp.regmean(D[order], C[order]), mp.regmean(D, C), atol=1e-12)
+    assert torch.allclose(mp.regmean(3 * D, 5 * C), 3 * mp.regmean(D, C), atol=1e-12)
+    assert not mp.regmean(D, 0 * C).any()
+
+
+@pytest.mark.parametrize("function", [mp.fisher_merge, plain.fisher_merge])
+def test_fisher_merging_by_hand(function):
+    D = torch.tensor([[8.0, 4.0, 2.0], [0.0, 2.0, 6.0]])
+    F = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    assert function(D, F).tolist() == [6.0, 4.0, 4.0]
+    assert torch.allclose(function(D, 1e-30 * F), function(D, F))
+    assert torch.equal(function(D[:1], F[:1]), D[0])
+    assert torch.equal(function(D, torch.ones(2, 3)), D.mean(0))
+
+
+def test_statistics_that_do_not_fit_are_refused():
+    _, D = problem(12, 9)
+    C = covariances(D)
+    for call, message in (
+        (lambda: mp.regmean(D, C[:2]), r"covariance \[2, 9, 9\] does not fit D"),
+        (lambda: mp.regmean(D.mT, C), "give .T, n, n."),
+        (lambda: mp.regmean(D, C / 0), "NaN"),
+        (lambda: mp.regmean(D, C, off_diagonal=1.1), "off_diagonal=1.1 must lie between"),
+        (lambda: mp.fisher_merge(D, D.abs()[:1]), r"fisher \[1, 12, 9\] does not fit"),
+        (lambda: mp.fisher_merge(D, D), "negative"),
+        (lambda: mp.fisher_merge(D, D * math.nan), "NaN"),
+    ):
+        with pytest.raises(mp.MergeError, match=message):
+            call()
 
 
 # ---- ACE-Merging ---------------------------------------------------------------------------------
@@ -333,7 +468,7 @@ def test_the_type_of_the_tasks_is_kept(dtype: torch.dtype):
     found = mp.wiener(D)
     assert found.dtype == dtype
     assert torch.allclose(found.double(), exact, rtol=2 * torch.finfo(dtype).eps)
-    for rule in (mp.wudi, mp.ace):
+    for rule in (mp.wudi, mp.swudi, mp.ace):
         assert rule(D).dtype == dtype
         assert torch.allclose(rule(D).double(), rule(D.double()), rtol=2 * torch.finfo(dtype).eps)
     assert torch.equal(D, before)
@@ -379,6 +514,9 @@ def test_wiener_needs_no_base():
         (lambda D: mp.wiener(D / 0), "NaN"),
         (lambda D: mp.wudi(D, ridge=-1), "ridge=-1 must be 0, or from 1e-9 on: give 0"),
         (lambda D: mp.wudi(D, ridge=math.nan), "ridge=nan"),
+        (lambda D: mp.swudi(D, time=0), "time=0 must be above 0: give a number such as 1000"),
+        (lambda D: mp.swudi(D / 0), "NaN"),
+        (lambda D: mp.swudi(D, rank=-1), "rank -1 does not fit"),
         (lambda D: mp.ace(D, epsilon=0), "epsilon=0 must be above 0: give a small number"),
         (lambda D: mp.wiener(D, ridge=0), "ridge=0 must be above 0: give a number such as 1"),
         (lambda D: mp.wiener(D, ridge=math.inf), "ridge=inf"),
@@ -405,3 +543,168 @@ def test_the_registry_says_whose_it_is():
     assert "unpublished" in (mp.wiener.__doc__ or "")
     assert "arXiv 2503.08099" in mp.METHODS["wudi"].source
     assert "arXiv 2603.02945" in mp.METHODS["ace"].source
+
+
+# ---- PAVE ----------------------------------------------------------------------------------------
+
+
+def tuned_problem(m: int, n: int, tasks: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Task matrices, fine-tuned weights and covariances of their inputs."""
+    W0, D = problem(m, n, tasks=tasks)
+    return D, W0 + D, covariances(D)
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (9, 9), (1, 5)])
+def test_pave_with_all_directions_changes_nothing(shape: tuple[int, int]):
+    D, tuned, C = tuned_problem(*shape)
+    assert torch.equal(mp.pave(D, tuned, C, rho=1.0), D)
+    assert torch.equal(mp.pave(D.float(), tuned.float(), C.float(), rho=1.0), D.float())
+
+
+def test_pave_is_the_truncated_svd_where_inputs_are_alike_in_all_directions():
+    D, tuned, _ = tuned_problem(12, 8, tasks=1)
+    C = 3.0 * torch.eye(8).double()[None]
+    u, s, vh = torch.linalg.svd(tuned[0], full_matrices=False)
+    found = mp.pave(D, tuned, C, rho=0.75)  # less than 6 of 8 are to be left
+    expected = u[:, :5] * s[:5] @ vh[:5] - (tuned - D)[0]
+    assert close(found[0], expected)
+
+
+def test_pave_s_weights_are_the_closest_of_their_rank_on_what_the_layer_sees():
+    D, tuned, C = tuned_problem(12, 8, tasks=1)
+    seen = C[0] + 0.1 * torch.eye(8)
+    kept = tuned + mp.pave(D, tuned, C, rho=0.6) - D
+    assert torch.linalg.matrix_rank(kept[0]) == 4
+    error = torch.linalg.norm((tuned - kept)[0] @ seen)
+    spectrum = torch.linalg.svdvals(tuned[0] @ seen)
+    assert close(error, spectrum[4:].norm())
+    u, s, vh = torch.linalg.svd(tuned[0], full_matrices=False)
+    plain_cut = (u[:, :4] * s[:4] @ vh[:4] - tuned[0]) @ seen
+    assert error < plain_cut.norm()
+
+
+def test_pave_errs_less_the_more_it_keeps():
+    D, tuned, C = tuned_problem(16, 12)
+    seen = C + 0.1 * torch.eye(12)
+    errors = [
+        torch.linalg.norm((D - mp.pave(D, tuned, C, rho=rho)) @ seen, dim=(1, 2))
+        for rho in (0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
+    ]
+    sums = [float(x.square().sum()) for x in errors]
+    assert sums == sorted(sums, reverse=True)
+    assert sums[-1] == 0
+    assert len(set(sums)) == len(sums)
+
+
+def test_ranks_are_shared_out_by_the_size_of_what_goes():
+    """Of 2 x 4 directions at least one goes for rho = 1, two for 7/8; each task may lose two at most."""
+    spectra = torch.tensor([[1.0, 0.9, 0.8, 0.7], [1.0, 0.3, 0.2, 0.1]])
+    assert allocated_ranks(spectra, 1.0) == [4, 4]
+    assert allocated_ranks(spectra, 0.8) == [4, 2]
+    assert allocated_ranks(spectra, 0.75) == [3, 2]  # 1.5 x 1 rounds to two
+    assert allocated_ranks(spectra.flip(0), 0.8) == [2, 4]
+    assert allocated_ranks(torch.ones(1, 1), 0.1) == [1]
+
+
+@pytest.mark.parametrize("rho", [1.0, 0.984375, 0.9, 0.5, 0.05])
+@pytest.mark.parametrize(("tasks", "size"), [(1, 5), (3, 8), (4, 64), (9, 5)])
+def test_one_sort_finds_the_ranks_of_the_published_loop(tasks: int, size: int, rho: float):
+    spectra = normal(tasks, size).abs().sort(descending=True).values
+    spectra = spectra / spectra[:, :1]
+    assert allocated_ranks(spectra, rho) == plain.allocated(spectra, rho)
+
+
+def test_pave_does_not_depend_on_the_order_of_tasks():
+    D, tuned, C = tuned_problem(12, 8)
+    found = mp.pave(D, tuned, C, rho=0.8)
+    assert torch.equal(mp.pave(D.flip(0), tuned.flip(0), C.flip(0), rho=0.8), found.flip(0))
+
+
+def test_what_pave_cannot_use_is_refused():
+    D, tuned, C = tuned_problem(6, 4)
+    for call, message in [
+        (lambda: mp.pave(D, tuned, C, rho=0.0), "rho=0.0 must lie above 0 and up to 1"),
+        (lambda: mp.pave(D, tuned, C, rho=1.1), "rho=1.1 must lie above 0"),
+        (lambda: mp.pave(D, tuned, C, ridge=0.0), "ridge=0.0 must be above 0"),
+        (lambda: mp.pave(D, tuned[:2], C), r"tuned \[2, 6, 4\] does not fit D"),
+        (lambda: mp.pave(D, tuned, C[:, :3, :3]), r"covariance \[3, 3, 3\] does not fit D"),
+        (lambda: mp.pave(D, tuned, C * torch.nan), "NaN"),
+        (lambda: mp.pave(D, tuned, -1e30 * C), "covariance is none, but far from positive"),
+    ]:
+        with pytest.raises(mp.MergeError, match=message):
+            call()
+
+
+def test_pave_doubles_its_ridge_until_the_covariance_can_be_inverted():
+    D, tuned, C = tuned_problem(6, 4, tasks=1)
+    lowered = C - 0.9 * torch.eye(
+        4
+    )  # no covariance any more by less than what 0.1 * 2^k makes up for
+    assert torch.linalg.eigvalsh(lowered)[0, 0] < -0.1
+    found = mp.pave(D, tuned, lowered, rho=0.5)
+    least = next(k for k in range(9) if torch.linalg.eigvalsh(lowered)[0, 0] + 0.1 * 2**k > 0)
+    assert close(found, mp.pave(D, tuned, lowered, rho=0.5, ridge=0.1 * 2**least))
+
+
+TUNED = dict(zip("ab", TASKS, strict=False))
+GIVEN = data_of("pave", BASE, 2)
+
+
+def test_pave_in_a_merge_sees_tuned_weights_and_inputs():
+    recipe = {"purify": "pave", "options": {"pave": {"rho": 0.7}}, "scale": 0.5} | GIVEN
+    merged = mp.Merged(BASE, TUNED, **recipe)
+    for name in ("visual.mlp.c_fc.weight", "visual.proj"):
+        tuned = torch.stack([task[name] for task in TUNED.values()])
+        C = torch.stack([state[name] for state in GIVEN["statistics"]["covariance"]])
+        if name == "visual.proj":  # stored for x @ W
+            found = mp.pave((tuned - BASE[name]).mT, tuned.mT, C, rho=0.7).mT
+        else:
+            found = mp.pave(tuned - BASE[name], tuned, C, rho=0.7)
+        assert torch.allclose(merged.delta(name), 0.5 * found.sum(0), atol=1e-6)
+    expected = plain.merge(
+        BASE, list(TUNED.values()), rule="task_arithmetic", **recipe | {"purify": ["pave"]}
+    )
+    assert all(
+        torch.allclose(merged[name].float(), expected[name].float(), atol=1e-5) for name in BASE
+    )
+
+
+def test_collapsed_ranks_are_one_share_of_each_task_over_all_matrices():
+    names = [name for name in BASE if name in GIVEN["statistics"]["covariance"][0]]
+    kept, sizes = torch.zeros(2), 0
+    for name in names:
+        transposed = name == "visual.proj"
+        tuned = torch.stack(
+            [x[name].mT if transposed else x[name] for x in TUNED.values()]
+        ).double()
+        C = torch.stack([state[name] for state in GIVEN["statistics"]["covariance"]]).double()
+        spectra = torch.linalg.svdvals(tuned @ (C + 0.1 * torch.eye(C.shape[1])))
+        ranks = allocated_ranks(spectra / spectra[:, :1], 0.7)
+        kept, sizes = kept + torch.tensor(ranks), sizes + spectra.shape[1]
+    recipe = {
+        "purify": "pave",
+        "options": {"pave": {"rho": 0.7, "collapse": True}},
+        "scale": 1.0,
+    } | GIVEN
+    merged = mp.Merged(BASE, TUNED, **recipe)
+    for name in names[:2]:
+        tuned = torch.stack([task[name] for task in TUNED.values()])
+        C = torch.stack([state[name] for state in GIVEN["statistics"]["covariance"]])
+        inputs = (tuned - BASE[name], tuned)
+        if name == "visual.proj":
+            inputs = tuple(x.mT for x in inputs)
+        found = mp.pave(*inputs, C, rho=0.7, shares=kept / sizes).sum(0)
+        found = found.mT if name == "visual.proj" else found
+        assert torch.allclose(merged.delta(name), found, atol=1e-6)
+    assert same(mp.merge(BASE, TUNED, threads=2, **recipe), merged)
+
+
+def test_pave_comes_first_and_without_weights():
+    for recipe, message in [
+        ({"purify": ["pact", "pave"]}, "pave works on the fine-tuned .* undo pact: put it first"),
+        ({"weights": {"a": 1, "b": 2}}, "pave works on .*, which weights cannot scale before it"),
+        ({"statistics": None}, "pave needs the covariance of each task: make it by minipact stat"),
+    ]:
+        with pytest.raises(mp.MergeError, match=message):
+            mp.Merged(BASE, TUNED, **{"purify": ["pave"], "scale": 1.0} | GIVEN | recipe)
+    mp.Merged(BASE, TUNED, purify=["pave", "pact"], weights=[1, 1], scale=1.0, **GIVEN)

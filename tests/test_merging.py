@@ -19,7 +19,9 @@ from minipact import methods, tensors
 from minipact.methods import SurveyPasses
 from minipact.parallel import in_threads
 
-RULES = ("task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "wudi", "ace")
+RULES = (
+    "task_arithmetic", "ties", "consensus", "tsv_m", "iso_c", "iso_cts", "wudi", "swudi", "ace", "knots",
+)  # fmt: skip
 VECTORS = ("auto", "rule", "mean", "copy", 0.4)
 BASE = small_model(0)
 TASKS = [small_model(100 * t, BASE) for t in (1, 2, 3)]
@@ -204,7 +206,9 @@ def test_one_task_comes_back(rule: str, options: dict[str, float], purify: list[
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("purify", [[], ["pact"], ["sift", "dare"], ["pact", "dare"]])
+@pytest.mark.parametrize(
+    "purify", [[], ["pact"], ["sift", "dare"], ["pact", "dare"], ["awd", "tatr"]]
+)
 def test_named_tasks_merge_alike_in_any_order_bit_for_bit(rule: str, purify: list[str]):
     named = dict(zip("abc", TASKS, strict=True))
     first, second = (
@@ -903,8 +907,8 @@ def in_two_processes(parts: list[list[str]], base, tasks, **recipe) -> dict[str,
     return first | second
 
 
-@pytest.mark.parametrize("rule", ["ties", STANDARDIZED, DIVIDED, "tsv_m"])
-@pytest.mark.parametrize("purify", [[], ["pact", "dare"]])
+@pytest.mark.parametrize("rule", ["ties", "knots", STANDARDIZED, DIVIDED, "tsv_m"])
+@pytest.mark.parametrize("purify", [[], ["pact", "dare"], ["awd"], ["awd", "tatr"]])
 def test_processes_do_not_change_a_bit(rule, purify: list[str]):
     names = list(BASE)
     recipe = {"rule": rule, "purify": purify, "scale": 0.9, "vectors": "rule"}
@@ -948,8 +952,9 @@ def test_the_first_pass_runs_once():
 
 
 @pytest.mark.parametrize("rule", [*RULES, STANDARDIZED, DIVIDED])
-def test_threads_do_not_change_a_bit(rule):
-    recipe = {"rule": rule, "purify": ["pact", "dare"], "scale": 1.0}
+@pytest.mark.parametrize("purify", [["pact", "dare"], ["awd", "tatr"]])
+def test_threads_do_not_change_a_bit(rule, purify: list[str]):
+    recipe = {"rule": rule, "purify": purify, "scale": 1.0}
     one, three = mp.merge(BASE, TASKS, **recipe), mp.merge(BASE, TASKS, **recipe, threads=3)
     assert list(one) == list(three) == list(BASE)
     assert same(one, three)

@@ -12,11 +12,21 @@ import torch
 from torch import Tensor
 
 import minipact as mp
-from helpers import decaying, normal, problem, rng, same, single, small_model
+from helpers import data_of, decaying, normal, problem, rng, same, single, small_model
 from minipact import methods
 
-RULES = ("task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "wudi")
-MATRIX_RULES = (mp.tsv_m, mp.iso_c, mp.iso_cts, mp.wudi)
+RULES = (
+    "task_arithmetic",
+    "ties",
+    "consensus",
+    "tsv_m",
+    "iso_c",
+    "iso_cts",
+    "wudi",
+    "swudi",
+    "knots",
+)
+MATRIX_RULES = (mp.tsv_m, mp.iso_c, mp.iso_cts, mp.wudi, mp.swudi)
 BASE = small_model(0)
 TASKS = [small_model(100 * t, BASE) for t in (1, 2, 3)]
 
@@ -335,7 +345,7 @@ def test_thresholds_of_a_stream_are_exact():
     D[2, 1000:] = 0  # fewer numbers than are kept
     blocks = D.split(700, dim=1)
     for keep in (1, 1500, 5000):
-        survey = methods.largest_magnitudes(3, 5000, keep / 5000)
+        survey = methods.largest_magnitudes(3, keep / 5000)
         found = methods.run_survey(
             survey, lambda measure: sum(measure(D).to_dense() for D in blocks)
         )["thresholds"]
@@ -439,6 +449,11 @@ OPTIONS = {
     "wudi": {"ridge": 0.1},
     "ace": {"epsilon": 0.1},
     "wiener": {"claims": 10.0, "side": "output", "scope": "*c_fc*"},
+    "awd": {"iterations": 5, "scope": "*c_fc*"},
+    "tatr": {"q": 0.5, "scope": "*c_fc*"},
+    "consensus": {"keep": 1},
+    "swudi": {"time": 10.0},
+    "knots": {"density": 0.5, "scope": "tensor"},
 }
 
 
@@ -568,7 +583,7 @@ def test_every_option_has_a_default_that_is_tried_out():
     for method in mp.METHODS.values():
         if method.kind in ("purifier", "rule"):
             field = "purify" if method.kind == "purifier" else "rule"
-            merged = mp.Merged(
-                BASE, TASKS, **{field: method}, options={method.name: method.options}
-            )
+            given = data_of(method.name, BASE, len(TASKS))
+            options = {method.name: method.options}
+            merged = mp.Merged(BASE, TASKS, **{field: method}, options=options, **given)
             assert merged.recipe.options[method.name] == method.options

@@ -1,7 +1,6 @@
 """The project's files agree with each other."""
 
 import ast
-import csv
 import json
 import re
 import runpy
@@ -9,7 +8,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -174,18 +172,3 @@ def test_the_method_of_a_stranger_in_the_reference_works(monkeypatch: pytest.Mon
     equal = [(mean / d.norm()) ** 0.5 * d for d in D]
     expected = (equal[0] + equal[1]).apply_to(base, 0.4)
     assert all(torch.allclose(found["merged"][n], x, atol=1e-5) for n, x in expected.items())
-
-
-def test_readme_table_agrees_with_the_leaderboard():
-    rows = list(csv.DictReader((ROOT / "data" / "leaderboard.csv").read_text().splitlines()))
-    text = (ROOT / "README.md").read_text()
-    names = {"task arithmetic": "task_arithmetic", "TIES": "ties", "TSV-M": "tsv_m"}
-    names |= {"Iso-C": "iso_c", "Iso-CTS": "iso_cts"}
-    columns = [("", "{}"), ("sift", "{}"), ("pact", "{}"), ("pact", '{"pact": {"task": 1}}')]
-    for label, rule in names.items():
-        cells = re.search(rf"^\| {label} \| (.*) \|$", text, re.M)[1].split(" | ")
-        for cell, (purify, options) in zip(cells, columns, strict=True):
-            key = {"purify": purify, "options": options, "rule": rule, "vectors": "rule"}
-            found = [100 * float(r["test"]) for r in rows if key.items() <= r.items()]
-            mean, deviation = (f(found) if len(found) == 3 else None for f in (fmean, stdev))
-            assert cell == ("not run" if mean is None else f"{mean:.1f} ± {deviation:.1f}"), label

@@ -33,6 +33,10 @@ RECIPES = st.builds(
     policy=st.dictionaries(WORDS, st.sampled_from(KINDS_OF_TENSOR), max_size=3),
     dtype=st.sampled_from([None, "bfloat16", "float32", torch.float16]),
     seed=st.integers(-(2**70), 2**70),
+    statistics=st.dictionaries(
+        st.sampled_from(["covariance", "fisher"]),
+        st.dictionaries(WORDS, st.from_regex("[0-9a-f]{64}", fullmatch=True), max_size=2),
+    ),
 )
 # One other value for every field.
 CHANGES = {
@@ -50,6 +54,7 @@ CHANGES = {
     "vocabulary": "union",
     "dtype": "float16",
     "seed": 1,
+    "statistics": {"covariance": {"a": 64 * "0"}},
 }
 
 
@@ -73,10 +78,10 @@ def test_the_digest_is_stable():
     assert recipe.to_json() == (
         '{"dtype": null, "exclude": ["*.bias"], "include": [], "missing": "error", '
         '"options": {"pact": {"core": 38}}, "policy": [], "purify": ["pact"], "rename": [], '
-        '"rule": "tsv_m", "scale": 0.8, "seed": 0, '
+        '"rule": "tsv_m", "scale": 0.8, "seed": 0, "statistics": {}, '
         '"vectors": "auto", "vocabulary": "same", "weights": null}'
     )
-    assert recipe.digest == "c8d231371629732d73452efdea99a4883b17efa74e367749479bf965ef2ca059"
+    assert recipe.digest == "d22eb4b47569e368333d6feadc73bd521b39297f6a199f3f66648e8c966479b5"
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -237,6 +242,7 @@ def test_the_recipe_of_a_merge_is_effective():
         "vocabulary": "same",
         "dtype": None,
         "seed": 0,
+        "statistics": {},
     }  # fmt: skip
 
 

@@ -187,6 +187,29 @@ def test_folders_merge_into_one_that_loads(folders: dict[str, Path], tmp_path: P
         assert torch.equal(weights(again)[name], x)
 
 
+@pytest.mark.parametrize(
+    ("added", "vocabulary", "message"),
+    [
+        ([{"content": "<x>", "id": "5"}], {"a": 0}, "'5' is no id of a token"),
+        ([{"content": "<x>", "id": None}], {"a": 0}, "None is no id"),
+        ([{"content": "<x>", "id": -1}], {"a": 0}, "-1 is no id"),
+        ([{"content": "<x>", "id": 5}, {"content": "<y>", "id": 5}], {"a": 0}, "two added tokens of one id"),
+        ([{"content": "<x>"}], {"a": 0}, "'id'"),
+        (3, {"a": 0}, "not iterable"),
+        ([], {"a": "x"}, "'x' is no id"),
+        ([], 3, "no len"),
+    ],
+)  # fmt: skip
+def test_damaged_tokenizers_are_refused(folders, added: object, vocabulary: object, message: str):
+    file = folders["one"] / "tokenizer.json"
+    found = json.loads(file.read_text()) | {"added_tokens": added}
+    found["model"]["vocab"] = vocabulary
+    file.write_text(json.dumps(found))
+    for base, task in (("base", "one"), ("one", "base")):
+        with pytest.raises(mp.CheckpointError, match=f"{file} cannot be read.*{message}"):
+            union_of(folders[base], {"task": folders[task]})
+
+
 def test_tables_of_other_sizes_are_refused_with_the_way_on(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
@@ -198,6 +221,19 @@ def test_tables_of_other_sizes_are_refused_with_the_way_on(
     assert "needs its tokenizer beside the weights: give a folder" in capsys.readouterr().err
     with pytest.raises(mp.MergeError, match="needs the models' tokenizers: give model folders"):
         mp.Merged(weights(folders["base"]), [weights(folders["base"])], vocabulary="union")
+
+
+def test_tokens_that_get_lost_are_named(folders: dict[str, Path], tmp_path: Path):
+    """Padded tables hide that tokenizers differ."""
+    base, task = folder(tmp_path / "b", rows=8), folder(tmp_path / "t", "<x>", seed=9, rows=8)
+    notes = " ".join(mp.merge_files(base, [task], tmp_path / "out")["notes"])
+    assert "task 't': its tokenizer has '<x>', which the base's lacks" in notes
+    assert "--vocabulary union" in notes
+    united = mp.merge_files(base, [task], tmp_path / "all", mp.Recipe(vocabulary="union"))
+    assert "its tokenizer has" not in " ".join(united["notes"])
+    (task / "tokenizer.json").write_text("{")
+    notes = mp.merge_files(base, [task], tmp_path / "odd")["notes"]
+    assert "its tokenizer has" not in " ".join(notes)
 
 
 def test_a_table_that_one_task_lacks_is_made_of_the_others(

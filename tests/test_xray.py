@@ -86,6 +86,40 @@ def test_updates_inside_and_outside_of_the_core():
     assert (layer["core_half"], layer["task_half"]) == (1, [1, 1])
 
 
+def test_what_the_filter_would_remove():
+    """Both tasks sit at (0, 0): own need 2 + 1 and claims 2 on either side keep 1 / (1 + 30 (2/3)^2)."""
+    corner = unit(2, 0, 0)
+    found = one(torch.eye(2), corner, 3 * corner, core=1, task=1, wiener=True)
+    wanted = 1 - (1 / (1 + 30 * 4 / 9)) ** 2
+    assert found["layers"][0]["filtered"] == pytest.approx([wanted] * 2)
+    assert found["per_task"]["t1"]["filtered"] == pytest.approx(wanted)
+    assert f"{100 * wanted:.1f}" in render(found)
+    unasked = one(torch.eye(2), corner, corner.T + unit(2, 1, 1), core=1, task=1)
+    assert unasked["summary"]["filtered"] is None
+
+
+def test_scalars_and_empty_tensors_count_for_what_they_are():
+    """A logit scale without dimensions, as CLIP has it; its change is one more entry of the norm."""
+    plain = {"w": normal(5, 4)}
+    base = plain | {"logit_scale": torch.tensor(1.0), "none": torch.zeros(0, 4)}
+    states = [
+        {
+            name: x + (i + 1 if x.ndim == 0 else 0.1 * normal(*x.shape, seed=i))
+            for name, x in base.items()
+        }
+        for i in range(2)
+    ]
+    whole = xray(base, dict(enumerate_named(states)))
+    matrix = xray(plain, {name: {"w": x["w"]} for name, x in enumerate_named(states)})
+    for i, (name, _) in enumerate(enumerate_named(states)):
+        found, alone = (report["per_task"][name]["norm"] for report in (whole, matrix))
+        assert found**2 == pytest.approx(alone**2 + (i + 1) ** 2)
+
+
+def enumerate_named(states: list) -> list:
+    return [(f"t{i}", state) for i, state in enumerate(states)]
+
+
 def test_half_of_the_energy():
     W = torch.diag(torch.tensor([3, 3, 3, 2, 2], dtype=torch.float64))  # squares 9, 18 of 35
     report = one(W, W, 2 * W.flip(0), core=1, task=1)
