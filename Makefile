@@ -59,7 +59,7 @@ STAGE = xargs -P 2 -L 1 sh -c '$(BIN)/python data/fair_table.py --model $$0 --st
 table: venv  ## measure what the fair table lacks (hours on 2 cores; goes on where it stopped)
 	printf '%s\n' 'encoder settings' 'zoo0 settings' | $(STAGE)
 	printf '%s\n' 'encoder final' 'zoo0 final' 'zoo1 final' 'zoo2 final' | $(STAGE)
-	printf '%s\n' 'encoder_unseen unseen' 'zoo1 unseen' 'zoo2 unseen' 'zoo3 unseen' | $(STAGE)
+	printf '%s\n' 'encoder_unseen unseen' 'zoo1 unseen' 'zoo2 unseen' | $(STAGE)
 
 bench: .venv-bench/installed  ## speed and memory next to mergekit and fusion-bench, as JSON in benchmarks/results
 	PYTHONPATH=. .venv-bench/bin/python benchmarks/full_scale.py

@@ -56,12 +56,37 @@ def rescaler(D: Tensor, t: int) -> Tensor:
     return plain.emr_rescalers({"": D})[t]
 
 
+def covariance(X: Tensor) -> Tensor:
+    """Mean of x x^T over the rows of X [N, n]."""
+    return X.mT @ X / len(X)
+
+
+def least_squares(D: Tensor, C: Tensor) -> Tensor:
+    """The merge of D [T, m, n] that does best on inputs with covariances C [T, n, n]."""
+    return torch.linalg.solve(C.sum(0), (D @ C).sum(0).mT).mT
+
+
+def sensitivity(X: Tensor) -> Tensor:
+    """TATR's sensitivity of task vectors X [T, d], without data."""
+    return X.abs().sum(0).square() - X.square().sum(0)
+
+
+def shifted(G: Tensor, c: Tensor) -> Tensor:
+    """Inner products of tau_i - sum_t c_t tau_t, from those of the tau_i, G [T, T]."""
+    away = torch.eye(len(G)).to(G) - c
+    return away @ G @ away.mT
+
+
 QUESTIONS = {
     "reliance": Question(reliance),
     "shield": Question(shield, basis=True),
     "half_width": Question(half_width),
     "tall_mask": Question(tall_mask),
     "rescaler": Question(rescaler),
+    "covariance": Question(covariance),
+    "least_squares": Question(least_squares),
+    "sensitivity": Question(sensitivity),
+    "shifted": Question(shifted),
 }
 
 

@@ -15,7 +15,7 @@ ROOMS = {  # room -> names; __init__.pyi says the same to type checkers
     "least_squares": "fisher_merge pave regmean swudi",
     "lbw_weights": "LBWMasks benjamini_hochberg cohens_d enrichment lbw_mask overwrite permutation_test",
     "lora": "Lora extract_lora to_lora",
-    "lora_files": "lora_files",
+    "lora_files": "merge_to_lora",
     "measuring": "measure_file",
     "merging": "METHODS Merged Sweep merge sweep",
     "methods": "Method Walls ace dare iso_c iso_cts load_bearing_walls pact register sift "

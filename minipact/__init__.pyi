@@ -32,7 +32,7 @@ from minipact.least_squares import swudi as swudi
 from minipact.lora import Lora as Lora
 from minipact.lora import extract_lora as extract_lora
 from minipact.lora import to_lora as to_lora
-from minipact.lora_files import lora_files as lora_files
+from minipact.lora_files import merge_to_lora as merge_to_lora
 from minipact.measuring import measure_file as measure_file
 from minipact.merging import METHODS as METHODS
 from minipact.merging import Merged as Merged

@@ -181,8 +181,8 @@ def _add_merge(commands: Any) -> None:
     add("--include", action="append", metavar="GLOB", help="merge only these tensors")
     add("--exclude", action="append", metavar="GLOB", help="copy these from the base")
     add("--policy", action="append", metavar="GLOB=KIND",
-        help="treat tensors as matrix, matrix_T (stored for x @ W), stack or stack_T (of such [E, m, n]), vector "
-        "or copy")  # fmt: skip
+        help="treat tensors as matrix, matrix_T (stored for x @ W), stack or stack_T (of those, [E, m, n]), "
+        "vector or copy")  # fmt: skip
     add("--missing", choices=("error", "base", "present"),
         help="tensors that a model lacks: refused; as in the base; or merged from the models that hold them "
         "(error)")  # fmt: skip
@@ -609,7 +609,7 @@ def _to_lora(
     device: str,
 ) -> int:
     """A merge written as an adapter."""
-    from minipact.lora_files import lora_files
+    from minipact.lora_files import merge_to_lora
 
     if arguments.lora_rank is None:
         raise UsageError("--save-modules is for adapters: give --lora-rank too")
@@ -617,7 +617,7 @@ def _to_lora(
         names = " ".join(f"--{name.replace('_', '-')}" for name in clash)
         raise UsageError(f"--lora-rank does not go with {names}: leave it out")
     with _progress(arguments) as progress:
-        summary = lora_files(
+        summary = merge_to_lora(
             arguments.base, tasks, arguments.output, arguments.lora_rank, recipe,
             save_modules=arguments.save_modules, device=device, threads=arguments.threads,
             overwrite=arguments.overwrite, entry=entry, base_model=arguments.base_model,
@@ -632,7 +632,7 @@ def _to_lora(
 def _extract_lora(arguments: argparse.Namespace) -> int:
     import torch
 
-    from minipact.lora_files import lora_files
+    from minipact.lora_files import merge_to_lora
     from minipact.recipe import Recipe
 
     _check_threads(arguments.threads)
@@ -643,7 +643,7 @@ def _extract_lora(arguments: argparse.Namespace) -> int:
         rename=tuple(_rename(arguments.rename or [])), dtype=arguments.dtype, seed=arguments.seed,
     )  # fmt: skip
     with _progress(arguments) as progress:
-        summary = lora_files(
+        summary = merge_to_lora(
             arguments.base, _named([arguments.tuned]), arguments.output, arguments.rank, recipe,
             save_modules=arguments.save_modules, svd=arguments.svd,
             device=_device(arguments.device), threads=arguments.threads,

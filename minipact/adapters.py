@@ -24,6 +24,7 @@ from minipact.checkpoints import Checkpoint, open_checkpoint
 from minipact.errors import CheckpointError, listing
 from minipact.layouts import ADAPTER as CONFIG
 from minipact.layouts import PICKLES, read_json
+from minipact.low_rank import Product
 from minipact.peft_settings import MERGE_INSTEAD, Settings, read_settings
 from minipact.quantized import packings
 
@@ -109,6 +110,21 @@ class Adapter(Mapping[str, Tensor]):
         if name in self._replaced:
             return None
         return self._update(name)
+
+    def factors(self, name: str) -> Product | None:
+        """`delta` of a matrix as a product of factors, of rank 0 where it stays; None of other tensors."""
+        holder, key = self._place(name)
+        meta = holder.meta(key)
+        if name in self._replaced or meta.ndim != 2 or not meta.is_floating_point():
+            return None
+        wide = _wide(meta.dtype)
+        if name not in self._factors:
+            m, n = meta.shape
+            return Product(torch.zeros(m, 0, dtype=wide), torch.zeros(0, n, dtype=wide))
+        factors = self._factors[name]
+        a, b = (self._stored[key].to(wide).flatten(1) for key in (factors.a, factors.b))
+        product = Product(factors.scale * b, a)
+        return product.mT if factors.transposed else product
 
     def _update(self, name: str) -> Tensor | None:
         if name not in self._factors:

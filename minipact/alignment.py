@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from minipact.errors import MergeError, listing
+from minipact.low_rank import Product
 from minipact.quantized import packed_apart, packing_of
 from minipact.tensors import State, States, equal, meta_of
 
@@ -182,6 +183,12 @@ class View(Mapping[str, Tensor]):
             return None
         found = known(key)
         return None if found is None else self._shaped(name, found)
+
+    def factors(self, name: str) -> Product | None:
+        """A mapping's own difference from the base as factors, where it has one; None else."""
+        state, key = self._places[name]
+        known: Any = getattr(state, "factors", None)
+        return None if known is None or name in self._shapes else known(key)
 
     def _shaped(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.reshape(self._shapes[name]) if name in self._shapes else tensor

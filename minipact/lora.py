@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import Tensor
 from minipact.alignment import is_table
 from minipact.errors import CheckpointError, MergeError, check_known
 from minipact.layouts import ADAPTER, Stem
+from minipact.low_rank import Product
 from minipact.merging import Kept, Merged, Progress
-from minipact.methods import leading_triples, named_generator
+from minipact.methods import leading_triples, named_generator, thin_triples
 from minipact.output import save_checkpoint
 from minipact.recipe import Globs, Policy
 from minipact.steps import Step
@@ -181,7 +183,7 @@ def to_lora(
     *,
     save_modules: bool = False,
     svd: str = "exact",
-    turned: Turned = is_conv1d,
+    turned: Turned | None = None,
     never: Mapping[str, str] | None = None,
     base_model: str | None = None,
     threads: int | None = None,
@@ -192,7 +194,8 @@ def to_lora(
     """What a merge adds to its base as a PEFT adapter: scale * task vector of each layer as factors.
 
     The layers are 2-D tensors called "module.weight", but for embeddings, which are told by their names.
-    Factors are in float32, in float64 where the base is, or in the dtype of the merge.
+    Factors are in float32, in float64 where the base is, or in the dtype of the merge. Task arithmetic on
+    adapters keeps their factors, so that nothing is lost with a rank as large as the sum of theirs.
 
     Args:
         merged: the merge.
@@ -202,7 +205,7 @@ def to_lora(
             convolutions with their whole module, as modules_to_save, and biases of layers with factors, as
             bias="lora_only". Else no such tensor may change.
         svd: "exact", or "randomized", faster on large matrices; seeded by the recipe and the name.
-        turned: whether a weight is stored [inputs, outputs], as Conv1D is.
+        turned: whether a weight is stored [inputs, outputs], as Conv1D is; None goes by its name.
         never: names that an adapter cannot change, and why.
         base_model: what the configuration calls the base.
         threads, room: as in `Merged.map`.
@@ -211,50 +214,55 @@ def to_lora(
 
     Raises MergeError where the rank does not fit, no layer changed, or tensors did that it cannot hold.
     """
-    layers = {x.name: x for x in merged.steps.values() if x.rule != "copy" and is_layer(x)}
-    _check_rank(rank, layers.values())
     check_known("svd", [svd], ("exact", "randomized"))
-    others = [x.name for x in merged.steps.values() if x.rule != "copy" and x.name not in layers]
+    never, is_turned = never or {}, turned or is_conv1d
+    merging = [step for step in merged.steps.values() if step.rule != "copy"]
+    layers = {step.name: step for step in merging if is_layer(step, merged)}
+    _check_rank(rank, layers.values())
+    spread = partial(merged.map, threads=threads, room=room)
 
-    def changes(name: str) -> bool:
-        _, delta, factor = merged.parts(name)
-        return delta is not None and factor != 0
+    doubtful = [x.name for x in merging if x.name not in layers or x.name in never or "/" in x.name]
+    changes = spread(partial(_changes, merged), doubtful)
+    changed = [name for name, is_new in zip(doubtful, changes, strict=True) if is_new]
+    _refuse(changed, merged, save_modules, never)
 
-    changed = [
-        name
-        for name, is_new in zip(
-            others, merged.map(changes, others, threads=threads, room=room), strict=True
-        )
-        if is_new
-    ]
-    _refuse(changed, merged, save_modules, never or {})
-    kept = shelf()
-
-    def factor(name: str) -> _Factored | None:
-        return _factored(merged, layers[name], rank, svd, turned(layers[name]), kept)
-
-    found = {}
-    work = merged.map(factor, layers, threads=threads, room=room)
+    kept, found = shelf(), dict[str, _Factored]()
+    work = spread(lambda name: _factored(merged, name, rank, svd, is_turned, kept), layers)
     for done, (name, factors) in enumerate(zip(layers, work, strict=True), start=1):
         if factors is not None:
             found[name] = factors
         if progress is not None:
             progress(done, len(layers), name)
-    _refuse([name for name in found if name in (never or {})], merged, save_modules, never or {})
     plan = _planned(merged, found, changed)
-    if not plan.layers:
-        raise MergeError("no layer changed that factors could hold, so there is no adapter to make")
     found = {name: found[name] for name in plan.layers}
-    used = max(x.rank for x in found.values())
-    config = _config(merged, found, plan, used, any(turned(layers[x]) for x in found), base_model)
+    if not found:
+        raise MergeError("no layer changed that factors could hold, so there is no adapter to make")
+    is_any_turned = any(is_turned(layers[name]) for name in found)
+    config = _config(merged, found, plan, is_any_turned, base_model)
     return Lora(merged, found, kept, plan.whole, config)
 
 
-def is_layer(step: Step) -> bool:
-    """Whether factors can hold a change of a tensor: the weight of a Linear or Conv1D, as its name tells."""
+def is_layer(step: Step, names: Collection[str]) -> bool:
+    """Whether factors can hold a change of a tensor: the weight of a Linear or Conv1D, as names tell.
+
+    `names` are those of the model. The output projection of an nn.MultiheadAttention is none, as that never
+    calls it, and so would pass its factors by.
+    """
     own = _module(step.name).rpartition(".")[2]
-    is_lookup = is_table(step.name) or _TABLES.fullmatch(own)
+    is_lookup = is_table(step.name) or _TABLES.fullmatch(own) or _attention(step.name, names)
     return len(step.shape) == 2 and step.name.endswith(".weight") and not is_lookup
+
+
+def _attention(name: str, names: Collection[str]) -> str:
+    """The nn.MultiheadAttention in which a tensor's module stands; "" where there is none."""
+    parent = _module(_module(name))
+    inputs = (f"{parent}.in_proj_weight", f"{parent}.q_proj_weight")
+    return parent if any(x in names for x in inputs) else ""
+
+
+def _changes(merged: Merged, name: str) -> bool:
+    delta, factor = merged.update(name)
+    return delta is not None and factor != 0
 
 
 def _module(name: str) -> str:
@@ -276,29 +284,24 @@ def _check_rank(rank: int, layers: Iterable[Step]) -> None:
 
 
 def _refuse(
-    changed: Collection[str], merged: Merged, save_modules: bool, never: Mapping[str, str]
+    changed: Iterable[str], merged: Merged, save_modules: bool, never: Mapping[str, str]
 ) -> None:
-    """Raise MergeError where tensors changed that the adapter cannot hold; one line each, eight at most."""
-    lost = [
-        f"'{name}' {never[name]}: exclude it to keep the base's"
-        for name in changed
-        if name in never
+    """Raise MergeError with all that changed and that the adapter cannot hold."""
+    why = {name: never.get(name) or _no_module(name, merged) for name in changed}
+    whole = [name for name, reason in why.items() if not reason]
+    lines = [
+        f"'{name}' {text}: exclude it to keep the base's" for name, text in why.items() if text
     ]
-    lost += [
-        f"'{name}' {why}: exclude it to keep the base's"
-        for name in changed
-        if name not in never and (why := _no_module(name, merged))
-    ]
-    if not lost and not save_modules:
-        lost = [f"'{name}' {list(merged.meta(name).shape)}" for name in changed]
-        if lost:
-            head = f"{len(lost)} tensors changed that factors cannot hold: {_WAY}"
-            raise MergeError("\n".join([head, *_first(lost)]))
-    if lost:
-        raise MergeError("\n".join(["an adapter cannot hold all that changed", *_first(lost)]))
+    lines = _first(lines)
+    if whole and not save_modules:
+        lines.append(f"factors cannot hold {len(whole)} of the changed tensors: {_WAY}")
+        lines += _first([f"'{name}' {list(merged.meta(name).shape)}" for name in whole])
+    if lines:
+        raise MergeError("\n".join(lines))
 
 
 def _first(lines: list[str]) -> list[str]:
+    """Eight lines at most, and how many more."""
     more = len(lines) - _LINES
     return lines if more <= 0 else [*lines[:_LINES], f"and {more} more"]
 
@@ -306,13 +309,14 @@ def _first(lines: list[str]) -> list[str]:
 def _no_module(name: str, merged: Merged) -> str:
     """Why a tensor cannot be stored with the whole of its module; "" where it can."""
     module = _module(name)
-    if not module:
-        return "stands in no module of its own"
     if "/" in name:
         return "belongs to a module beside the main one"
+    if not module:
+        return "stands in no module of its own"
     if name.endswith(".bias"):
         return ""
-    within = [x for x in merged if x.startswith(f"{module}.") and is_layer(merged.steps[x])]
+    beneath = (x for x in merged if x.startswith(f"{module}."))
+    within = [x for x in beneath if is_layer(merged.steps[x], merged)]
     return f"stands in '{module}' beside whole layers, such as '{within[0]}'" if within else ""
 
 
@@ -344,38 +348,57 @@ class _Factored:
 
 
 def _factored(
-    merged: Merged, step: Step, rank: int, svd: str, turned: bool, kept: Kept
+    merged: Merged, name: str, rank: int, svd: str, turned: Turned, kept: Kept
 ) -> _Factored | None:
     """Put a layer's factors aside; None where it does not change."""
-    name = step.name
-    base, delta, scale = merged.parts(name)
+    step = merged.steps[name]
+    delta, scale = merged.update(name)
     if delta is None or scale == 0:
         return None
-    D = (delta * scale).mT if turned else delta * scale
+    D = (delta.mT if turned(step) else delta) * scale
     b, a = low_rank(D, rank, svd, named_generator(merged.recipe.seed, name))
     held = (
         a.square().sum(1).square().cumsum(0)
     )  # of A = S^(1/2) V^T each row has the squared norm s
-    dtype = merged.dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
+    if len(held) == 0:
+        return None
+    dtype = merged.dtype or (torch.float64 if step.dtype == torch.float64 else torch.float32)
     a, b = a.to(dtype), b.to(dtype)
-    lost = float((D.double() - b.double() @ a.double()).square().sum())
     for side, x in (("A", a), ("B", b)):
         kept[f"{name}/{side}"] = x.cpu()
     shape = (D.shape[0], D.shape[1])
-    return _Factored(shape, dtype, len(held), float(D.double().square().sum()), held.cpu(), lost)
+    lost = _square(_less(D, Product(b, a)))
+    return _Factored(shape, dtype, len(held), _square(D), held.cpu(), lost)
 
 
 def low_rank(
-    D: Tensor, rank: int, svd: str = "exact", generator: torch.Generator | None = None
+    D: Tensor | Product, rank: int, svd: str = "exact", generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """B [m, k] and A [k, n] in float64 with B A nearest to D [m, n], k = min(rank, m, n) at most.
 
     k is less where D's numerical rank is. The singular values are shared evenly between both factors.
     svd="randomized" comes near it only. Raises MergeError where D holds NaN or infinity.
     """
-    u, s, v = leading_triples(D, min(rank, *D.shape), svd, generator)
+    rank = min(rank, *D.shape)
+    if isinstance(D, Product):
+        u, s, v = thin_triples(D, 1e-12, rank)
+    else:
+        u, s, v = leading_triples(D, rank, svd, generator)
     root = s.sqrt()
     return u * root, root[:, None] * v.mT
+
+
+def _less(D: Tensor | Product, other: Product) -> Tensor | Product:
+    """D - other in float64."""
+    b, a = other.b.double(), other.a.double()
+    if isinstance(D, Product):
+        return Product(torch.cat([D.b.double(), -b], dim=1), torch.cat([D.a.double(), a]))
+    return D.double() - b @ a
+
+
+def _square(D: Tensor | Product) -> float:
+    """||D||^2."""
+    return D.square() if isinstance(D, Product) else float(D.double().square().sum())
 
 
 def _by_kind(found: Mapping[str, _Factored], rank: int) -> dict[str, dict[int, float]]:
@@ -413,11 +436,11 @@ class _Plan:
     biases: bool
 
 
-def _planned(merged: Merged, found: Collection[str], changed: Iterable[str]) -> _Plan:
+def _planned(merged: Merged, found: Collection[str], changed: Collection[str]) -> _Plan:
     """Biases of layers with factors go for themselves, what else changed with its whole module."""
     layers = {_module(name) for name in found}
     biases = [name for name in changed if name.endswith(".bias") and _module(name) in layers]
-    modules = {_module(name) for name in changed if name not in biases}
+    modules = {_attention(x, merged) or _module(x) for x in changed if x not in biases}
     modules = {x for x in modules if not any(x.startswith(f"{other}.") for other in modules)}
     matched = _matched_by_peft(modules, merged)
     left = [name for name in found if not _is_within(name, matched)]
@@ -445,11 +468,11 @@ def _config(
     merged: Merged,
     found: Mapping[str, _Factored],
     plan: _Plan,
-    rank: int,
     turned: bool,
     base_model: str | None,
 ) -> dict[str, Any]:
     """adapter_config.json: alpha = r everywhere, so that PEFT adds B A as it is."""
+    rank = max(x.rank for x in found.values())
     small = {name: min(x.shape) for name, x in found.items() if min(x.shape) < rank}
     pattern = {f"^{re.escape(_module(name))}": side for name, side in small.items()}
     return {

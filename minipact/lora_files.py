@@ -1,6 +1,6 @@
 """A merge, or one fine-tuned model, from files to the folder of a PEFT adapter.
 
-lora_files("base", {"cars": "cars", "dtd": "dtd"}, "adapter", 16, Recipe(rule="tsv_m"))
+merge_to_lora("base", {"cars": "cars", "dtd": "dtd"}, "adapter", 16, Recipe(rule="tsv_m"))
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ from minipact.recipe import Recipe
 from minipact.steps import Step
 from minipact.version import __version__
 
+_SHARED = re.compile(r"(^|\.)shared\.weight$")  # of encoder and decoder, in T5 for one
 _WITH_HEAD = re.compile("LMHead|CausalLM|MaskedLM|Seq2SeqLM|ConditionalGeneration|PreTraining")
 
 
-def lora_files(
+def merge_to_lora(
     base: PathLike,
     tasks: Tasks,
     output: PathLike,
@@ -72,6 +73,9 @@ def lora_files(
     Args:
         base, tasks, recipe, device, threads, entry, base_model, license, statistics, progress: as in
             `merge_files`. Names of tensors must be those of the module that PEFT is to load the adapter on.
+            Where a library calls its modules otherwise than its files, as transformers 5 does with ViT, give
+            `extract_lora` or `to_lora` the module's state_dict() instead: PEFT would pass the others by. The
+            card's lines for loading tell.
         output: names a new folder.
         rank, save_modules, svd: as in `to_lora`.
         overwrite: replace an existing output.
@@ -152,11 +156,9 @@ def _never(job: Job) -> dict[str, str]:
     for alias, name in job.aliases.items():
         found[name] = f"is one tensor with '{alias}', and an adapter changes each layer for itself"
     folder = home(job.base)
-    if ties_embeddings(folder) and _has_head(folder):
-        tables = [name for name in job.merged if is_table(name)]
-        found |= dict.fromkeys(
-            tables, "is tied to the model's head, which an adapter leaves as it is"
-        )
+    if ties_embeddings(folder):
+        tied = [x for x in job.merged if is_table(x) and (_has_head(folder) or _SHARED.search(x))]
+        found |= dict.fromkeys(tied, "is tied to another layer, which an adapter leaves as it is")
     return found | dict.fromkeys(
         job.untied, "is tied to the token table in the base's configuration"
     )
@@ -215,11 +217,18 @@ def _card(lora: Lora, record: Record, license: str | None) -> str:
         "\n".join(["| input | SHA-256 of its files |", "|---|---|", *rows]),
         "## Error\n\nRelative to the norm of what is added to the layers, by rank:",
         table(lora),
-        "## Loading\n\nOn the base, in this folder:\n\n```python\nimport peft\n\n"
-        'model = peft.PeftModel.from_pretrained(base, ".")\n```',
+        f"## Loading\n\nOn the base, in this folder:\n\n```python\n{_loading(lora)}```",
         f"## Record\n\n```json\n{json.dumps(record, indent=2, sort_keys=True)}\n```",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _loading(lora: Lora) -> str:
+    """Lines that load the adapter, and tell where a library calls its modules otherwise than its files."""
+    return (
+        'import peft\n\nmodel = peft.PeftModel.from_pretrained(base, ".")\n'
+        f'assert sum("lora_A" in x for x, _ in model.named_parameters()) == {len(lora.layers)}\n'
+    )
 
 
 def table(lora: Lora) -> str:

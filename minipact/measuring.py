@@ -187,20 +187,30 @@ def _length(batch: Any) -> int:
 def _measured(
     kind: str, module: nn.Module, batches: Iterable[Any], labels: str | None, seed: int
 ) -> dict[str, Tensor]:
-    if kind == "covariance":
-        if labels is not None:
-            raise MergeError("covariances take no labels: leave them out")
-        return input_covariances(module, batches)
-    measure = {"fisher": fisher, "gradient": gradient_magnitudes}[kind]
+    if kind == "covariance" and labels is not None:
+        raise MergeError("covariances take no labels: leave them out")
     generator = torch.Generator().manual_seed(seed)
+    measure = {"fisher": fisher, "gradient": gradient_magnitudes}
     try:
-        return measure(module, batches, labels=labels or LABELS[kind], generator=generator)
-    except RuntimeError as error:
-        if "vmap" not in str(error):
+        if kind == "covariance":
+            return input_covariances(module, batches)
+        return measure[kind](module, batches, labels=labels or LABELS[kind], generator=generator)
+    except MergeError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        if "memory" in str(error):
             raise
+        why = f"{type(error).__name__}: {str(error)[:300]}"
         raise MergeError(
-            f"torch.func.vmap cannot take this module's gradients sample by sample ({str(error)[:200]}): "
-            "give a loader whose module avoids what it names"
+            f"the model cannot run on these data, or not sample by sample in torch.func.vmap ({why}): give a "
+            "loader whose module and batches can"
         ) from error
 
 

@@ -19,6 +19,7 @@ from collections.abc import (
     MutableMapping,
     Sequence,
 )
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Lock
@@ -33,8 +34,9 @@ import minipact.training
 import minipact.whole_vector  # noqa: F401  all enter their methods into the registry
 from minipact.alignment import Aligned, aligned, is_packed, other_numbers, refuse_disagreement
 from minipact.errors import MergeError, listing
-from minipact.methods import METHODS as METHODS
+from minipact.low_rank import Product, Products, expanded
 from minipact.methods import (
+    FACTORS,
     Measure,
     Method,
     Options,
@@ -45,6 +47,7 @@ from minipact.methods import (
     parameters_of,
     run_survey,
 )
+from minipact.methods import METHODS as METHODS
 from minipact.parallel import in_threads
 from minipact.recipe import (
     Globs,
@@ -89,6 +92,7 @@ from minipact.tensors import (
     is_unchanged,
     meta_of,
     task_blocks,
+    task_factors,
 )
 
 Progress = Callable[[int, int, str], None] | None
@@ -267,6 +271,16 @@ class Merged(Mapping[str, Tensor]):
         self.prepare()
         return self.base[name], self._merged_vector(step), factor
 
+    def update(self, name: str) -> tuple[Tensor | Product | None, float]:
+        """As in `parts`, the merged task vector and its factor; as a `Product` where the rule kept it so."""
+        step = self.steps[name]
+        kept = self._passes[self.recipe.vectors].kept
+        if step.rule == "copy" or self.scale == 0 or kept is not None:
+            return self.parts(name)[1:]
+        self.prepare()
+        found = self._computed(step, self._passes[self.recipe.vectors].answers or [])
+        return found, self.scale if step.factor is None else step.factor
+
     def map(
         self,
         work: Callable[[str], Result],
@@ -348,15 +362,22 @@ class Merged(Mapping[str, Tensor]):
     def _merged_vector(self, step: Step) -> Tensor | None:
         found = self._passes[self.recipe.vectors]
         if found.kept is None:
-            return self._computed(step, found.answers or [])
+            return self._expanded(step, found.answers or [])
         if step.name not in found.kept:
-            delta = self._computed(step, found.answers or [])
+            delta = self._expanded(step, found.answers or [])
             found.kept[step.name] = None if delta is None else delta.cpu()
         kept = found.kept[step.name]
         return None if kept is None else kept.to(self.device)
 
-    def _computed(self, step: Step, answers: Answers) -> Tensor | None:
+    def _expanded(self, step: Step, answers: Answers) -> Tensor | None:
+        delta = self._computed(step, answers)
+        return None if delta is None else expanded(delta)
+
+    def _computed(self, step: Step, answers: Answers) -> Tensor | Product | None:
         """The rule's result for one tensor, None where it is zero."""
+        factors = self._factors(step, self._uses[-1])
+        if factors is not None:
+            return self._from_factors(step, factors, answers[-1])
         plain = PLAIN.get(step.rule)
         rule, answer = self._uses[-1], answers[-1]
         by_entry = plain is not None or rule.takes_blocks(answer)
@@ -384,6 +405,32 @@ class Merged(Mapping[str, Tensor]):
             for use, answer in acting:
                 D = self._call(use, answer, step, D)
             yield D
+
+    def _factors(self, step: Step, use: Applied) -> Products | None:
+        """D [T, m, n] of one tensor as factors, for a rule that takes them, where all tasks have some."""
+        takes = use.name == step.rule and FACTORS in use.method.needs and not step.purify
+        if not takes or not step.kind.startswith("matrix"):
+            return None
+        tasks, weights = self._holding(step.name), self.recipe.weights or {}
+        return task_factors(step.name, self.base, tasks, weights, self.device)
+
+    @torch.no_grad()
+    def _from_factors(
+        self, step: Step, D: Products, answer: dict[str, Tensor]
+    ) -> Tensor | Product | None:
+        """The rule's result from the factors of all tasks, None where these are of rank 0."""
+        if all(d.rank == 0 for d in D):
+            return None
+        use = self._uses[-1]
+        turned = use.sees_transposed(step.kind)
+        keywords = self._keywords(use, step)
+        given = D.mT if turned else D
+        with _blaming(step, use):
+            result: Any = use.method.function(given, **keywords, **answer)
+            if not isinstance(result, Product):
+                result = _checked(result, given[0].empty(), use.method)
+        found: Tensor | Product = result.mT if turned else result
+        return found
 
     @torch.no_grad()
     def _call(self, use: Applied, answer: dict[str, Tensor], step: Step, D: Tensor) -> Tensor:
@@ -413,7 +460,8 @@ class Merged(Mapping[str, Tensor]):
         """Run a method for matrices on one slice of a stack [..., E, m, n]."""
         given = [_slice(x, number) for x in inputs]
         if is_zero(given[-1]):
-            return given[-1] if use.method.kind == "purifier" else given[-1][0]
+            nothing: Tensor = given[-1] if use.method.kind == "purifier" else given[-1][0]
+            return nothing
         named = {name: _slice(x, number) for name, x in keywords.items()}
         return self._result(use, answer, step, given, named)
 
@@ -428,20 +476,25 @@ class Merged(Mapping[str, Tensor]):
         """What a method returns, checked."""
         given = inputs[-1]
         expected = given if use.method.kind == "purifier" else given[0]
-        try:
+        with _blaming(step, use):
             result = use.method.function(*inputs, **keywords, **answer)
-            return _checked(result, expected, use.method)
-        except MergeError as error:
-            raise MergeError(f"tensor '{step.name}', {use.name}: {error}") from error
-        except Exception as error:
-            if is_built_in(use.method) or "memory" in str(error):
-                raise
-            raise MergeError(f"tensor '{step.name}', {use.name} failed: {error!r}") from error
+            checked = _checked(result, expected, use.method)
+        return checked
 
     def _arguments(
         self, use: Applied, step: Step, D: Tensor
     ) -> tuple[list[Tensor], dict[str, Any]]:
         """What a method needs for one tensor: D, perhaps behind W0, and its options; see `Method.needs`."""
+        keywords = self._keywords(use, step)
+        inputs = [D]
+        if "base" in use.method.needs:  # a copy for functions of strangers, who might change it
+            inputs.insert(0, self.base[step.name].to(D, copy=not is_built_in(use.method)))
+        if use.sees_transposed(step.kind):
+            inputs = [x.mT for x in inputs]
+        return inputs, keywords | self._tuned(use, step, D) | self._statistics_of(use, step.name, D)
+
+    def _keywords(self, use: Applied, step: Step) -> dict[str, Any]:
+        """A method's options for one tensor, and its random numbers."""
         needs, seed = use.method.needs, self.recipe.seed
         keywords: dict[str, Any] = use.clipped(step.shape[-2:])
         if "generator" in needs:
@@ -449,12 +502,7 @@ class Merged(Mapping[str, Tensor]):
         if "generators" in needs:
             per_task = [named_generator(seed, task, step.name) for task in self._holding(step.name)]
             keywords["generator"] = per_task
-        inputs = [D]
-        if "base" in needs:  # a copy for functions of strangers, who might change it
-            inputs.insert(0, self.base[step.name].to(D, copy=not is_built_in(use.method)))
-        if use.sees_transposed(step.kind):
-            inputs = [x.mT for x in inputs]
-        return inputs, keywords | self._tuned(use, step, D) | self._statistics_of(use, step.name, D)
+        return keywords
 
     def _tuned(self, use: Applied, step: Step, D: Tensor) -> dict[str, Tensor]:
         """The fine-tuned weights [T, ...] of one tensor, as the method sees D, where it needs them."""
@@ -503,7 +551,10 @@ class Merged(Mapping[str, Tensor]):
 
         def look(name: str) -> None:
             step = self.steps[name]
-            blocks = self._task_matrices(step, before, answers, by_entry)
+            factors = self._factors(step, use)
+            blocks: Iterable[Any] = [factors]
+            if factors is None:
+                blocks = self._task_matrices(step, before, answers, by_entry)
             if use.sees_transposed(step.kind):
                 blocks = (D.mT for D in blocks)
 
@@ -593,6 +644,19 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda D: D.mean(0),
     "sum": lambda D: D.sum(0),
 }
+
+
+@contextmanager
+def _blaming(step: Step, use: Applied) -> Iterator[None]:
+    """Have errors of a method name it and the tensor."""
+    try:
+        yield
+    except MergeError as error:
+        raise MergeError(f"tensor '{step.name}', {use.name}: {error}") from error
+    except Exception as error:
+        if is_built_in(use.method) or "memory" in str(error):
+            raise
+        raise MergeError(f"tensor '{step.name}', {use.name} failed: {error!r}") from error
 
 
 def _checked(result: object, expected: Tensor, method: Method) -> Tensor:
@@ -692,8 +756,9 @@ def merge(
         device: where to compute; results are on the CPU.
         statistics: of data, for methods that need them: kind -> one mapping, tensor name -> tensor, for each
             task, by name or in the order of the tasks, in files by `open_statistics`. Kinds are "covariance",
-            [n, n] of a matrix' n inputs, "fisher" and "gradient", of the tensor's shape. A method leaves out
-            tensors without: a rule's get the mean. The recipe holds the SHA-256 of those in files.
+            [n, n] of a matrix' n inputs and [E, n, n] of a stack's, "fisher" and "gradient", of the tensor's
+            shape. A method leaves out tensors without: a rule's get the mean. The recipe holds the SHA-256 of
+            those in files.
         progress: called with (tensors done, tensors in all, name) after each.
         threads: tensors in work at once, one core each; results do not depend on how many. None is one
             tensor at a time on all cores of torch, whose number may change last bits.

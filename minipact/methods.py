@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from minipact.errors import MergeError, check_known
+from minipact.low_rank import Product, Products
 
 Rank = int | float | str
 Triples = tuple[Tensor, Tensor, Tensor]
@@ -42,6 +43,7 @@ Survey = Callable[..., SurveyPasses]
 KINDS = ("purifier", "rule", "per_task", "training")
 ACTS_ON = ("matrix", "tensor", "entries")
 SUPPLIED = ("base", "tuned", "generator", "generators")
+FACTORS = "factors"  # of a LoRA, for rules that need not expand them
 STATISTICS = {  # what takes data, for each task -> how it is made
     "covariance": "minipact.input_covariances(fine_tuned_model, batches)",
     "fisher": "minipact.fisher(fine_tuned_model, batches)",
@@ -72,7 +74,9 @@ class Method:
             fine-tuned weights [T, ...]; "generator": random numbers of this tensor; "generators": one
             generator for each task, as `generator`; "covariance", "fisher", "gradient": a statistic of
             the tasks' data, [T, n, n] or [T, ...], which a merge gets as `statistics`. One that
-            `function` has a default for may be missing. Any other name comes from the survey.
+            `function` has a default for may be missing. "factors": a rule that takes D as `Products`
+            too, which it gets where all tasks are adapters and no purifier acts; it returns [m, n] or a
+            `Product`. Any other name comes from the survey.
         survey: a first pass over the model, a generator function that gets tasks=T, entries=d, the number
             of entries that the method treats, and those of the options that it has parameters for. Each
             function of D [T, ...] that it yields is called on every tensor, or for "entries" on blocks
@@ -106,7 +110,7 @@ class Method:
         check_known(f"{self.name}: kind", [self.kind], KINDS)
         check_known(f"{self.name}: acts_on", [self.acts_on], ACTS_ON)
         if self.survey is None:
-            check_known(f"{self.name}: needs", self.needs, (*SUPPLIED, *STATISTICS))
+            check_known(f"{self.name}: needs", self.needs, (*SUPPLIED, *STATISTICS, FACTORS))
 
     @property
     def options(self) -> dict[str, Option]:
@@ -259,17 +263,20 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def check_stack(D: Tensor, W0: Tensor | None = None) -> None:
+def check_stack(D: Tensor | Products, W0: Tensor | None = None) -> None:
     """Raise MergeError unless D is a floating-point [T, m, n], T >= 1, and W0, if given, an [m, n]."""
+    if isinstance(D, Products):
+        return
     if D.ndim != 3 or len(D) == 0 or not D.is_floating_point():
         raise MergeError(f"D must be a floating-point [T, m, n], not {D.dtype} {tuple(D.shape)}")
     if W0 is not None and W0.shape != D.shape[1:]:
         raise MergeError(f"W0 {tuple(W0.shape)} does not fit D [T, m, n] = {tuple(D.shape)}")
 
 
-def check_finite(x: Tensor) -> None:
+def check_finite(x: Tensor | Products) -> None:
     """Raise MergeError where x holds NaN or infinity."""
-    if not is_finite(x):
+    parts = [x] if isinstance(x, Tensor) else [part for d in x for part in (d.b, d.a)]
+    if not all(map(is_finite, parts)):
         raise MergeError("a matrix holds NaN or infinity: check the checkpoints it comes from")
 
 
@@ -352,14 +359,26 @@ def direction_count(rank: Rank, size: int, spectrum: Tensor | None = None) -> in
     raise MergeError(f"rank {rank!r} does not fit a matrix: {hint}")
 
 
-def leading_triples(x: Tensor, rank: Rank, svd: str, generator: RNG) -> Triples:
+def thin_triples(x: Product, tol: float, rank: Rank) -> Triples:
+    """`singular_triples` of a product [m, n], from those of its core of r x r at most."""
+    q, core, p = x.thin()
+    if not isinstance(rank, str):
+        rank = min(direction_count(rank, min(x.shape)), *core.shape)
+    u, s, v = singular_triples(core, tol, rank)
+    return q @ u, s, p @ v
+
+
+def leading_triples(x: Tensor | Product, rank: Rank, svd: str, generator: RNG) -> Triples:
     """Leading singular triples U [m, k], S [k], V [n, k] in float64, k at most the numerical rank.
 
-    svd is "exact" or "randomized". Raises MergeError as `singular_triples` does.
+    svd is "exact" or "randomized"; of a product they are exact, as this takes less. Raises MergeError as
+    `singular_triples` does.
     """
     check_known("svd", [svd], ("exact", "randomized"))
     if rank is None:
         raise MergeError("rank None does not fit here: give a count, a share or 'energy:0.85'")
+    if isinstance(x, Product):
+        return thin_triples(x, roundoff(x.dtype), rank)
     x = widened(x)
     if svd == "randomized":
         return randomized_triples(x, direction_count(rank, min(x.shape)), generator)
@@ -660,7 +679,7 @@ def _given_way(
 # ---- Rules: D -> merged --------------------------------------------------------------------------
 
 
-@_method("rule", "entries", "Ilharco et al. 2023, arXiv 2212.04089", sum=0.3, mean=1.0)
+@_method("rule", "entries", "Ilharco et al. 2023, arXiv 2212.04089", FACTORS, sum=0.3, mean=1.0)
 def task_arithmetic(D: Tensor, reduce: str = "sum") -> Tensor:
     """The "sum" or "mean" of the task matrices D [T, ...] (Ilharco et al. 2023, section 2).
 
@@ -793,9 +812,9 @@ def ties(
     return total / (agreeing != 0).sum(0).clamp(min=1)
 
 
-@_method("rule", "matrix", "Gargiulo et al. 2025, arXiv 2412.00081", "generator", any=1.0)
+@_method("rule", "matrix", "Gargiulo et al. 2025, arXiv 2412.00081", "generator factors", any=1.0)
 def tsv_m(
-    D: Tensor, *, rank: Rank | None = None, svd: str = "exact", generator: RNG = None
+    D: Tensor | Products, *, rank: Rank | None = None, svd: str = "exact", generator: RNG = None
 ) -> Tensor:
     """TSV-Merge: truncate each task to its leading singular triples, whiten across tasks, add.
 
@@ -803,15 +822,17 @@ def tsv_m(
     polar(U) diag(S) polar(V)^T. Source: Gargiulo et al. 2025, section 3.2 (arXiv 2412.00081).
 
     D is [T, m, n], the result [m, n] in its dtype. rank is k, the triples per task, as a count, share or
-    energy as in `pact`; None is min(m, n) // T, at least 1. svd="randomized" pays when k is small
-    against min(m, n). Raises MergeError unless D is a finite stack of matrices and the options fit.
+    energy as in `pact`; None is min(m, n) // T, at least 1. svd="randomized" pays when k is small against
+    min(m, n); of factors, D as `Products`, the triples come exact without it. Raises MergeError unless D is a
+    finite stack of matrices and the options fit.
     """
     check_stack(D)
     k = max(1, min(D.shape[1:]) // len(D)) if rank is None else rank
     triples = [leading_triples(d, k, svd, generator) for d in D]
     u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True))
     tol = roundoff(D.dtype)
-    left, right = (polar_factor(x, tol).to(widened(D)) for x in (u, v))
+    wide = torch.promote_types(D.dtype, torch.float32)
+    left, right = (polar_factor(x, tol).to(wide) for x in (u, v))
     return (left * s.to(left) @ right.mT).to(D.dtype)
 
 

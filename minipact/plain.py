@@ -438,14 +438,17 @@ NEEDS = {
     "pave": "covariance",
 }  # statistics of data
 TABLES = ("text_projection", "token_embedding", "embed_tokens", "word_embeddings", "wte.")
+EXPERTS = re.compile(r"(^|\.)experts\.[^.]+(\.weight)?$")
 TRANSPOSED = re.compile(r"(^|visual\.)proj$|(^|\.)h\.\d+\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
 
 
 def kind(name, x):
-    """How a tensor is treated: as "matrix", "matrix_T" (stored for x @ W), "vector" or "copy"."""
+    """How a tensor is treated: "matrix", "matrix_T" (stored for x @ W), "stack", "vector" or "copy"."""
     if not x.is_floating_point() or name.endswith(("running_mean", "running_var")):
         return "copy"
-    if x.ndim != 2 or any(table in name for table in TABLES):
+    if x.ndim == 3 and EXPERTS.search(name):
+        return "stack"
+    if x.ndim != 2 or name.endswith("bias") or any(table in name for table in TABLES):
         return "vector"
     return "matrix_T" if TRANSPOSED.search(name) else "matrix"
 
@@ -468,6 +471,25 @@ def as_one(D, run):
 def turned(x, how):
     """x as layers use it, inputs as columns; or back."""
     return x.mT if how == "matrix_T" else x
+
+
+def apart(state):
+    """A state dict with a name for each matrix of the stacks [E, m, n] that mixtures of experts have."""
+    found = {}
+    for n, x in state.items():
+        found |= {f"{n}[{e}]": y for e, y in enumerate(x)} if kind(n, x) == "stack" else {n: x}
+    return found
+
+
+def kinds_of(base):
+    """Kind of each tensor, stacks apart, which are stored for x @ W where their shapes together say so."""
+    kinds = {n: kind(n, x) for n, x in base.items()}
+    for n in [n for n in base if n.endswith("gate_up_proj[0]")]:
+        home = n.removesuffix("gate_up_proj[0]")
+        down = base.get(f"{home}down_proj[0]", torch.empty(0, 0))
+        if base[n].shape == (down.shape[1], 2 * down.shape[0]):
+            kinds |= {m: "matrix_T" for m in base if m.startswith(home) and m.endswith("]")}
+    return kinds
 
 
 def purified(D, W0, kinds, states, name, run):
@@ -566,7 +588,10 @@ def merge(
         spectral = {rule, *purify}.difference(FLAT)
         vectors = "mean" if spectral and len(tasks) > 1 and scale >= 0 else "rule"
     share = {"mean": 1 / len(tasks), "copy": 0}.get(vectors, vectors)
-    kinds = {n: kind(n, x) for n, x in base.items()}
+    packed = [n for n, x in base.items() if kind(n, x) == "stack"]
+    base, *tasks = map(apart, (base, *tasks))
+    statistics = {k: [apart(state) for state in states] for k, states in (statistics or {}).items()}
+    kinds = kinds_of(base)
     D, update = {}, {}
     for n in [n for n in base if kinds[n] != "copy"]:
         W0 = wide(base[n], device)
@@ -574,7 +599,7 @@ def merge(
         if kinds[n] == "vector" and vectors != "rule":
             update[n] = share * D.pop(n).sum(0)
     for name in purify:
-        states = (statistics or {}).get(NEEDS.get(name))
+        states = statistics.get(NEEDS.get(name))
         D = purified(D, lambda n: wide(base[n], device), kinds, states, name, run)
     if rule in NEEDS:
         found = informed(rule, D, kinds, statistics[NEEDS[rule]], run)
@@ -582,6 +607,9 @@ def merge(
         found = merged_by(rule, D, kinds, run)
     update |= {n: scale * x for n, x in found.items()}
     merged = {n: x.clone() for n, x in base.items()}
-    if scale == 0:
-        return merged
-    return merged | {n: (wide(base[n], device) + x).to(base[n]) for n, x in update.items()}
+    if scale != 0:
+        merged |= {n: (wide(base[n], device) + x).to(base[n]) for n, x in update.items()}
+    for n in packed:
+        parts = [m for m in base if m.startswith(f"{n}[")]
+        merged[n] = torch.stack([merged.pop(m) for m in parts])
+    return merged

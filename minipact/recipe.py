@@ -41,7 +41,8 @@ class Recipe:
         weights: task name -> factor; None is 1 each.
         include, exclude: globs of tensor names.
         policy: pairs, or a mapping, glob -> "matrix", "matrix_T", "stack", "stack_T", "vector" or "copy"; the
-            first glob that matches counts, then the default policy. Or a function (name, tensor) -> kind in its place.
+            first glob that matches counts, then the default policy. Or a function (name, tensor) -> kind in
+            its place.
         missing: "error"; "base", what a task lacks counts as unchanged, and what the base lacks is left out;
             or "present", each tensor is merged from the models that hold it.
         rename: pairs (old, new) of beginnings of names in the tasks.

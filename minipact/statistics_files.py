@@ -113,7 +113,8 @@ def save_statistics(
 
     Args:
         path: ends in .safetensors.
-        kind: "covariance", [n, n] of each matrix' n inputs, "fisher" or "gradient", of the weights' shapes.
+        kind: "covariance", [n, n] of each matrix' n inputs, [E, n, n] of a stack's, "fisher" or "gradient",
+            of the weights' shapes.
         state: name -> tensor, taken one by one; names are those of the model's file.
         model: checkpoint at which it was measured, known again by the SHA-256 of its files.
         samples: how many it was measured on.
@@ -166,7 +167,7 @@ class _Single(Mapping[str, Tensor]):
 
     def meta(self, name: str) -> Tensor:
         shape = meta_of(self._state, name).shape
-        if self._kind == "covariance" and (len(shape) != 2 or shape[0] != shape[1]):
+        if self._kind == "covariance" and (len(shape) < 2 or shape[-2] != shape[-1]):
             raise MergeError(f"covariance of '{name}' is {[*shape]}: give [n, n] of its n inputs")
         return torch.empty(shape, dtype=torch.float32, device="meta")
 

@@ -45,20 +45,17 @@ def default_policy(name: str, tensor: Tensor) -> str:
     Matrices are 2-D weights used as x @ W^T. "matrix_T" is stored the other way round, for x @ W (CLIP's
     `visual.proj`, GPT-2's Conv1D layers): purifiers see it transposed, and so do rules that tell inputs from
     outputs. A "stack" [E, m, n] holds a matrix for each expert, as mixtures of experts pack them, and each is
-    treated as a matrix; it is a "stack_T" where the shapes of gate_up_proj and down_proj together show
-    that they are stored for x @ W, which a merge finds out. Vectors are all the rest: biases, norms, convolutions, token tables, and `text_projection`, as
-    published; so are positional embeddings as matrices. Statistics of batch normalisation are copied:
-    recompute them after merging. So are known buffers, such as tables of positions.
+    treated as a matrix; a merge makes it a "stack_T" where the shapes of gate_up_proj and down_proj together
+    show that they are stored for x @ W. Vectors are all the rest: biases, norms, convolutions, token tables,
+    and `text_projection`, as published; so are positional embeddings as matrices. Statistics of batch
+    normalisation are copied: recompute them after merging. So are known buffers, such as tables of positions.
     """
     if name.endswith(("running_mean", "running_var")) or is_buffer(name, tensor):
         return "copy"
     if tensor.ndim == 3 and EXPERTS.search(name):
         return "stack"
-    if (
-        tensor.ndim != 2
-        or name.endswith("bias")
-        or any(t in name for t in ("text_projection", *LOOKUP_TABLES))
-    ):
+    others = ("text_projection", *LOOKUP_TABLES)
+    if tensor.ndim != 2 or name.endswith("bias") or any(t in name for t in others):
         return "vector"
     transposed = name == "proj" or name.endswith("visual.proj") or GPT2_LAYERS.search(name)
     return "matrix_T" if transposed else "matrix"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minipact.errors import MergeError
+from minipact.low_rank import Product, Products
 from minipact.methods import is_finite, is_zero
 
 Device = str | torch.device
@@ -98,6 +99,36 @@ def own_delta(task: State, name: str, base: State) -> Tensor | None:
     return delta
 
 
+def task_factors(
+    name: str, base: State, tasks: States, weights: Mapping[str, float], device: Device
+) -> Products | None:
+    """`task_matrices` as factors, where all tasks know theirs; None else.
+
+    Raises MergeError, naming tensor and task, for NaN or infinity.
+    """
+    found = {label: own_factors(task, name, base) for label, task in tasks.items()}
+    known = {label: x for label, x in found.items() if x is not None}
+    if len(known) < len(found):
+        return None
+    for label, x in known.items():
+        if not (is_finite(x.b) and is_finite(x.a)):
+            raise MergeError(
+                f"'{name}' of task '{label}' holds NaN or infinity: repair or exclude it"
+            )
+    pairs = (
+        (x.b.to(device) * weights.get(label, 1.0), x.a.to(device)) for label, x in known.items()
+    )
+    return Products(Product(b, a) for b, a in pairs)
+
+
+def own_factors(task: State, name: str, base: State) -> Product | None:
+    """A task's own difference from this base as factors, where it has it so."""
+    if getattr(task, "base", base) is not base:
+        return None
+    factors: Product | None = getattr(task, "factors", lambda _: None)(name)
+    return factors
+
+
 def equal(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors have one shape and the same numbers; their types may differ."""
     if x.shape != y.shape:
@@ -123,6 +154,9 @@ def is_same(one: State, other: State, name: str) -> bool:
 
 def is_unchanged(task: State, name: str, base: State) -> bool:
     """Whether a task has the base's numbers; where it knows its own difference, whether that is zero."""
+    factors = own_factors(task, name, base)
+    if factors is not None:
+        return is_zero(factors.b) or is_zero(factors.a)
     delta = own_delta(task, name, base)
     if delta is not None:
         return is_zero(delta)

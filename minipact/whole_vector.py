@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from minipact.errors import MergeError, check_known
+from minipact.low_rank import Products
 from minipact.methods import (
+    FACTORS,
     Measure,
     Method,
     SurveyPasses,
@@ -90,12 +92,12 @@ def awd(
 
     tau_i' = tau_i - delta, where delta minimises
 
-        mean_{i != j} |cos(tau_i - delta, tau_j - delta)| + alpha ||delta||
+        mean_{i != j} abs(cos(tau_i - delta, tau_j - delta)) + alpha norm(delta)
 
     by gradient descent from 0 over all tensors together. delta stays in the span of the task vectors, so
     the descent runs on their inner products: the same steps, without a second vector of the model's
     length. Source: Xiong et al. 2024 (arXiv 2411.18729); its code is not public, so the start at 0, where the
-    gradient of ||delta|| counts as 0, and cosines of whole vectors, not layer by layer, are our reading.
+    gradient of norm(delta) counts as 0, and cosines of whole vectors, not layer by layer, are our reading.
 
     Args:
         D: [T, ...] tasks of one tensor, or of a model as one vector.
@@ -231,12 +233,17 @@ register(
 # ---- KnOTS: entries in a basis that all tasks share -----------------------------------------------
 
 
-def shared_basis(D: Tensor) -> tuple[Tensor, Tensor]:
+def shared_basis(D: Tensor | Products) -> tuple[Tensor, Tensor]:
     """U [m, q] orthonormal and R [T, q, n] with D = U R in float64: one basis of outputs for all tasks.
 
     U diag(s) [V_1^T .. V_T^T] is the SVD of [D_1 .. D_T] [m, T n], and R_t = diag(s) V_t^T. Directions with
-    s up to 1e-5, whatever D's size, are left out, as published.
+    s up to 1e-5, whatever D's size, are left out, as published. Of factors it works in the space that all
+    B_t span: the same in less time.
     """
+    if isinstance(D, Products):
+        span, coordinates = _spanned(D)
+        basis, R = shared_basis(coordinates)
+        return span @ basis, R
     wide = D.double()
     joined = wide.transpose(0, 1).flatten(1)
     small = torch.linalg.qr(joined.mT, mode="r").R.mT  # of the same U and s, but not T n wide
@@ -245,7 +252,15 @@ def shared_basis(D: Tensor) -> tuple[Tensor, Tensor]:
     return basis, basis.mT @ wide
 
 
-def _representations(D: Tensor) -> Tensor:
+def _spanned(D: Products) -> tuple[Tensor, Tensor]:
+    """Q [m, p] orthonormal and C [T, p, n] with D = Q C in float64, p at most the sum of the ranks."""
+    joined = torch.cat([d.b for d in D], dim=1).double()
+    q, r = torch.linalg.qr(joined)
+    own = r.split([d.rank for d in D], dim=1)
+    return q, torch.stack([x @ d.a.double() for x, d in zip(own, D, strict=True)])
+
+
+def _representations(D: Tensor | Products) -> Tensor:
     return shared_basis(D)[1]
 
 
@@ -260,7 +275,7 @@ def knots_survey(
 
 
 def knots(
-    D: Tensor,
+    D: Tensor | Products,
     density: float = 0.2,
     reduce: str = "mean",
     *,
@@ -274,7 +289,7 @@ def knots(
     at commit 01a940c; there an entry whose sum is zero takes the sign of the majority, here it stays zero.
 
     Args:
-        D: [T, m, n] task matrices.
+        D: [T, m, n] task matrices, or their factors.
         density, reduce: of TIES. In a merge, scope="global" trims at one magnitude per task over the
             representations of all matrices, in two passes more, "tensor" matrix by matrix.
         merge: "ties", or "linear" for the plain sum or mean, which is that of D.
@@ -299,7 +314,7 @@ register(
         knots,
         "Stoica et al. 2024, arXiv 2410.19735",
         scale={"mean": 0.6},
-        needs=("thresholds",),
+        needs=("thresholds", FACTORS),
         survey=knots_survey,
         sided=True,
     )

@@ -90,11 +90,12 @@ def xray(
         base, tasks, include, exclude, device, seed, progress: as in `merge`.
         core, task, tol, svd: as in `pact`; counts beyond a matrix' min(m, n) are cut to it.
         wiener: measure also what the purifier `wiener` would remove, at its defaults; less than 0 where
-            an update gets longer. Exact decompositions of T matrices [m, m] and [n, n] a weight.
+            an update gets longer. Takes exact decompositions of T matrices [m, m] and [n, n] a weight.
 
     Returns:
         Dictionaries, lists and numbers only, see the docstring of the module. Matrices are
-        measured by subspace, vectors and stacks of matrices count in norms, cosines and signs. One weight is in memory at a time.
+        measured by subspace, vectors and stacks of matrices count in norms, cosines and signs. One weight
+        is in memory at a time.
 
     Raises:
         MergeError: the inputs do not fit together, hold NaN, hold no matrix that a task changed, a task

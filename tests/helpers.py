@@ -95,19 +95,19 @@ def write_models(
 def data_of(method: str, base: State, tasks: int) -> dict[str, dict[str, list[State]]]:
     """The statistics that a method needs, random, as a keyword of a merge; none where it needs none."""
     import minipact as mp
+    from minipact.steps import holds_matrices, kinds_of
 
     def covariance(name: str, x: Tensor, seed: int) -> Tensor:
-        inputs = x.shape[0 if mp.default_policy(name, x) == "matrix_T" else 1]
-        seen = single(2 * inputs, inputs, seed=seed)
-        return seen.mT @ seen / len(seen)
+        inputs = x.shape[-2 if kinds[name].endswith("_T") else -1]
+        seen = single(*x.shape[:-2], 2 * inputs, inputs, seed=seed)
+        return seen.mT @ seen / (2 * inputs)
 
+    kinds = kinds_of(mp.Recipe(), base)
     found = {}
     for kind in {"covariance", "fisher"}.intersection(mp.METHODS[method].needs):
         floats = {name: x for name, x in base.items() if x.is_floating_point()}
         if kind == "covariance":
-            floats = {
-                n: x for n, x in floats.items() if mp.default_policy(n, x).startswith("matrix")
-            }
+            floats = {n: x for n, x in floats.items() if holds_matrices(kinds[n])}
             states = [{n: covariance(n, x, t) for n, x in floats.items()} for t in range(tasks)]
         else:
             states = [

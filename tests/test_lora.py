@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import minipact as mp
-from helpers import close, contents, normal, rng, single, tuned
+from helpers import close, contents, normal, rng, single
 from minipact.__main__ import main
 from minipact.adapters import open_adapter
 from minipact.checkpoints import open_checkpoint
@@ -170,7 +170,9 @@ def test_conv1d_is_stored_the_other_way_round():
 def test_what_factors_cannot_hold_is_refused_by_name_or_stored_whole(tmp_path: Path, name: str):
     base = model()
     task = changed(base, Q0, Q1, name)
-    with pytest.raises(MergeError, match=rf"1 tensors .*--save-modules.*exclude them\n'{name}' \["):
+    with pytest.raises(
+        MergeError, match=rf"hold 1 of the changed .*--save-modules.*exclude them\n'{name}' \["
+    ):
         mp.extract_lora(base, task, 6)
     without = mp.extract_lora(base, task, 6, exclude=name)
     assert without.whole == ()
@@ -219,6 +221,36 @@ def test_what_no_module_can_hold_is_refused_even_so():
         MergeError, match="'model.layers.cls' stands in 'model.layers' beside whole"
     ):
         mp.extract_lora(base, changed(base, Q0, "model.layers.cls"), 2, save_modules=True)
+    base = {"q.weight": single(8, 6), "2_Dense/linear.weight": single(6, 6)}
+    with pytest.raises(MergeError, match="'2_Dense/linear.weight' belongs to a module beside"):
+        mp.extract_lora(base, changed(base, *base), 2, save_modules=True)
+
+
+def test_factors_never_go_onto_the_output_of_a_multi_head_attention():
+    base = {
+        "attn.in_proj_weight": single(18, 6),
+        "attn.out_proj.weight": single(6, 6),
+        "attn.out_proj.bias": single(6),
+        "fc.weight": single(5, 6),
+    }
+    task = changed(base, "attn.out_proj.weight", "attn.out_proj.bias", "fc.weight")
+    with pytest.raises(MergeError, match="cannot hold 2 .*\n'attn.out_proj.weight'.*\n.*bias'"):
+        mp.extract_lora(base, task, 2)
+    lora = mp.extract_lora(base, task, 2, save_modules=True)
+    assert lora.config["modules_to_save"] == ["attn"]
+    assert set(lora.whole) == {*base} - {"fc.weight"}
+
+
+def test_vectors_that_a_merge_leaves_alone_did_not_change():
+    base = model()
+    tasks = [changed(base, Q0, "model.norm.weight"), changed(base, Q1)]
+    with pytest.raises(MergeError, match="'model.norm.weight'"):
+        mp.to_lora(mp.Merged(base, tasks, rule="tsv_m"), 3)
+    for vectors in ("copy", 0.0):
+        lora = mp.to_lora(mp.Merged(base, tasks, rule="tsv_m", vectors=vectors), 3)
+        assert lora.layers == (Q0, Q1)
+    with pytest.raises(MergeError, match="no layer changed"):
+        mp.to_lora(mp.Merged(base, tasks, scale=0.0), 3)
 
 
 @pytest.mark.parametrize(
@@ -251,3 +283,354 @@ def test_models_that_do_not_fit():
         mp.extract_lora(base, changed(base, Q0), 2, svd="fast")
     with pytest.raises(CheckpointError, match="an adapter is a folder"):
         mp.extract_lora(base, changed(base, Q0), 2).save("out.safetensors")
+
+
+# ---- From files to a folder ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    base = model()
+    states = {
+        "base": base,
+        "a": changed(base, Q0, Q1, seed=1),
+        "b": changed(base, Q0, Q1, seed=9),
+        "whole": changed(base, Q0, BIAS, "model.norm.weight"),
+    }
+    for name, state in states.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+def run(command: str, folder: Path, *words: str) -> int:
+    paths = [str(folder / f"{x}.safetensors") for x in ("base", *words[0].split())]
+    return main([command, *paths, "-o", str(folder / "out"), *words[1:]])
+
+
+def opened(folder: Path) -> dict[str, Tensor]:
+    """The base under the adapter that was written."""
+    return dict(open_adapter(folder / "out", open_checkpoint(folder / "base.safetensors")))
+
+
+def test_extract_lora_on_the_command_line(files: Path, capsys: pytest.CaptureFixture[str]):
+    assert run("extract-lora", files, "a", "--rank", "6") == 0
+    told = capsys.readouterr().out
+    assert "relative error at rank       1       2       4       6" in told
+    assert re.search(r"model.layers.\*.q_proj( +0\.\d{4}){3}  0.0000", told)
+    assert "rank 6 on 2 layers" in told
+    assert re.search(r"relative error of what is added to these layers: [\d.]+e-0\d", told)
+    task = load_file(files / "a.safetensors")
+    found = opened(files)
+    assert all(torch.allclose(found[name], task[name], atol=1e-5) for name in task)
+    assert {x.name for x in (files / "out").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "README.md",
+    }  # fmt: skip
+    before = contents(files / "out")
+    assert run("extract-lora", files, "a", "--rank", "6", "--overwrite", "--json") == 0
+    assert contents(files / "out") == before
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["record"]["lora"]["rank"] == summary["rank"] == 6
+    lora = mp.extract_lora(load_file(files / "base.safetensors"), task, 6)
+    assert {int(r): x for r, x in summary["errors"]["all"].items()} == lora.errors["all"]
+    stored = load_file(files / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(stored[name], lora[name]) for name in {*stored, *lora})
+
+
+def test_the_adapter_of_an_adapter_has_a_smaller_rank(files: Path):
+    assert run("extract-lora", files, "a", "--rank", "6") == 0
+    arguments = [str(files / "base.safetensors"), str(files / "out"), "-o", str(files / "small")]
+    assert main(["extract-lora", *arguments, "--rank", "2", "--quiet"]) == 0
+    small = load_file(files / "small" / "adapter_model.safetensors")
+    base, task = (load_file(files / f"{x}.safetensors") for x in ("base", "a"))
+    direct = mp.extract_lora(base, task, 2)
+    for module in ("model.layers.0.q_proj", "model.layers.1.q_proj"):
+        b, a = (small[f"{PREFIX}{module}.lora_{side}.weight"] for side in "BA")
+        assert torch.allclose(b @ a, applied(direct, module), atol=1e-4)
+
+
+def test_a_merge_on_the_command_line_becomes_an_adapter(files: Path, capsys):
+    words = ["--rule", "tsv_m", "--scale", "0.8", "--lora-rank", "6"]
+    assert run("merge", files, "a b", *words) == 0
+    assert "relative error of what is added" in capsys.readouterr().out
+    states = {x: load_file(files / f"{x}.safetensors") for x in ("base", "a", "b")}
+    expected = mp.merge(states.pop("base"), states, rule="tsv_m", scale=0.8)
+    found = opened(files)
+    assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
+    before = contents(files / "out")
+    again = ["--recipe", str(files / "out" / "README.md"), "--lora-rank", "6", "--quiet"]
+    assert run("merge", files, "b a", *again, "--overwrite") == 0
+    assert contents(files / "out") == before
+
+
+def test_adapters_add_up_to_an_adapter_without_loss(tmp_path: Path):
+    base = model()
+    save_file(base, tmp_path / "base.safetensors")
+    parts = [(2, Q0), (3, Q0), (1, Q1)]
+    for number, (rank, name) in enumerate(parts):
+        b, a = single(8, rank, seed=number), single(rank, 6, seed=9 + number)
+        task = base | {name: base[name] + b @ a}
+        mp.extract_lora(base, task, rank).save(tmp_path / f"{number}")
+    tasks = [tmp_path / f"{number}" for number in range(3)]
+    opened = open_checkpoint(tmp_path / "base.safetensors")
+    updates = [open_adapter(path, opened) for path in tasks]
+    expected = 0.3 * sum(x.delta(Q0).double() for x in updates[:2])
+    for rank in (5, 6):
+        summary = mp.merge_to_lora(
+            tmp_path / "base.safetensors", tasks, tmp_path / "out", rank, overwrite=True
+        )
+        assert summary["rank"] == 5  # 2 + 3
+        assert summary["error"] < 1e-7
+        sum_of_all = open_adapter(tmp_path / "out", opened)
+        assert torch.allclose(sum_of_all.delta(Q0).double(), expected, rtol=0, atol=1e-6)
+        found = open_adapter(tmp_path / "out", opened).delta(Q1).double()
+        assert torch.allclose(found, 0.3 * updates[2].delta(Q1).double(), rtol=0, atol=1e-6)
+    summary = mp.merge_to_lora(tmp_path / "base.safetensors", tasks, tmp_path / "small", 2)
+    s = torch.linalg.svdvals(expected)
+    total = s.square().sum() + (0.3 * updates[2].delta(Q1).double()).square().sum()
+    assert math.isclose(
+        summary["error"], float((s[2:].square().sum() / total).sqrt()), rel_tol=1e-5
+    )
+
+
+def test_norms_go_into_the_adapter_when_asked(files: Path, capsys):
+    before = sorted(files.iterdir())
+    assert run("extract-lora", files, "whole", "--rank", "6") == 2
+    error = capsys.readouterr().err
+    assert "factors cannot hold 2 of the changed tensors" in error
+    assert f"'{BIAS}' [8]\n'model.norm.weight' [6]" in error
+    assert sorted(files.iterdir()) == before
+    assert run("extract-lora", files, "whole", "--rank", "6", "--save-modules") == 0
+    assert "rank 6 on 1 layers, 2 tensors stored whole" in capsys.readouterr().out
+    task, found = load_file(files / "whole.safetensors"), opened(files)
+    assert all(torch.allclose(found[name], task[name], atol=1e-5) for name in task)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("extract-lora", ["a", "--rank", "0"], "rank 0 of an adapter"),
+        ("extract-lora", ["a", "--rank", "7"], "rank 7 is above the largest rank of a layer, 6"),
+        ("extract-lora", ["a", "--rank", "2", "--include", "x*"], "matches no tensor"),
+        ("extract-lora", ["missing", "--rank", "2"], "does not exist"),
+        ("merge", ["a b", "--lora-rank", "2", "--resume"], "--lora-rank does not go with --resume"),
+        ("merge", ["a b", "--lora-rank", "2", "--dry-run"], "does not go with --dry-run"),
+        ("merge", ["a b", "--save-modules"], "--save-modules is for adapters: give --lora-rank"),
+        ("merge", ["a whole", "--lora-rank", "6"], "factors cannot hold 2 of the changed tensors"),
+    ],
+)
+def test_mistakes_are_one_message_and_leave_nothing(
+    files: Path, capsys, command: str, words: list[str], message: str
+):
+    before = sorted(files.iterdir())
+    assert run(command, files, *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("minipact: error: ")
+    assert message in error
+    assert "Traceback" not in error
+    assert sorted(files.iterdir()) == before
+
+
+def test_outputs_and_bases_that_cannot_be(files: Path, capsys):
+    assert run("extract-lora", files, "a", "--rank", "2", "--quiet") == 0
+    adapter, a = str(files / "out"), str(files / "a.safetensors")
+    for words, message in [
+        ([adapter, a, "-o", str(files / "x"), "--rank", "2"], "is an adapter, and no base"),
+        ([str(files / "base.safetensors"), a, "-o", adapter, "--rank", "2"], "--overwrite"),
+        ([str(files / "base.safetensors"), a, "-o", f"{adapter}.safetensors", "--rank", "2"],
+         "an adapter is a folder"),
+    ]:  # fmt: skip
+        assert main(["extract-lora", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_table_that_is_tied_to_the_head_is_refused(tmp_path: Path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    base = model()
+    save_file(base, folder / "model.safetensors")
+    save_file(changed(base, Q0, "model.embed_tokens.weight"), tmp_path / "a.safetensors")
+    config = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    job = [folder, [tmp_path / "a.safetensors"], tmp_path / "out", 2]
+    with pytest.raises(MergeError, match="'model.embed_tokens.weight' is tied to another layer"):
+        mp.merge_to_lora(*job, save_modules=True)
+    for other in ({"architectures": ["LlamaModel"]}, {"tie_word_embeddings": False}):
+        (folder / "config.json").write_text(json.dumps(config | other))
+        summary = mp.merge_to_lora(*job, save_modules=True, overwrite=True)
+        assert summary["whole"] == ["model.embed_tokens.weight"]
+
+
+def test_the_table_that_an_encoder_shares_is_refused(tmp_path: Path):
+    base = {"shared.weight": single(11, 6), "encoder.q.weight": single(6, 6)}
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_file(base, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architectures": ["T5EncoderModel"]}))
+    save_file(changed(base, *base), tmp_path / "a.safetensors")
+    with pytest.raises(MergeError, match="'shared.weight' is tied to another layer"):
+        mp.merge_to_lora(
+            folder, [tmp_path / "a.safetensors"], tmp_path / "out", 2, save_modules=True
+        )
+
+
+def test_two_copies_of_one_tensor_are_refused(tmp_path: Path):
+    base = model()
+    shared = base | {"model.other.weight": base[Q0]}
+    task = changed(base, Q0, Q1)
+    torch.save(shared, tmp_path / "base.pt")
+    torch.save(task | {"model.other.weight": task[Q0]}, tmp_path / "a.pt")
+    with pytest.raises(MergeError, match=f"'{Q0}' is one tensor with 'model.other.weight'"):
+        mp.merge_to_lora(tmp_path / "base.pt", [tmp_path / "a.pt"], tmp_path / "out", 2)
+
+
+# ---- PEFT itself ---------------------------------------------------------------------------------
+
+IDS = torch.tensor([[1, 5, 3, 9, 2]])
+
+
+def llama():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=13, max_position_embeddings=16, attention_bias=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=8, n_layer=2, n_head=2, vocab_size=13, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def train(net: torch.nn.Module, glob: str, seed: int = 0) -> None:
+    """Change the parameters whose names match."""
+    for i, (name, x) in enumerate(net.named_parameters()):
+        if re.search(glob, name):
+            x.data += 0.05 * torch.randn(x.shape, generator=rng(1000 * seed + i))
+
+
+def loaded(base: Path, adapter: Path):
+    """Logits of the base under an adapter, as PEFT loads them, and its weights merged by PEFT."""
+    import peft
+    import transformers
+
+    net = transformers.AutoModelForCausalLM.from_pretrained(base)
+    under = peft.PeftModel.from_pretrained(net, adapter).eval()
+    # as the card has it
+    count = sum("lora_A" in name for name, _ in under.named_parameters())
+    assert f"named_parameters()) == {count}\n" in (adapter / "README.md").read_text()
+    logits = under(IDS).logits.detach()
+    return logits, under.merge_and_unload().state_dict()
+
+
+def alone(base: Path) -> Tensor:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(base).eval()(IDS).logits.detach()
+
+
+MATRICES = r"proj\.weight|c_attn\.weight|c_fc\.weight"
+MADE = pytest.mark.parametrize(
+    ("make", "glob", "words"),
+    [
+        (llama, MATRICES, []),
+        (llama, r"(q|o)_proj\.weight|lm_head", []),
+        (llama, r"proj\.|norm|embed_tokens|lm_head", ["--save-modules"]),
+        (gpt2, MATRICES, []),
+        (gpt2, r"mlp|c_attn|ln_|wpe", ["--save-modules"]),
+    ],
+)
+QUIET = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:fan_in_fan_out")
+
+
+def truncated(base: Path, task: Path, rank: int) -> dict[str, Tensor]:
+    """The base with the update of a fine-tuned model, truncated where it is a layer's, by hand."""
+    before, after = (dict(open_checkpoint(x)) for x in (base, task))
+    found = {}
+    for name, x in before.items():
+        update = (after[name] - x).double()
+        if re.search(r"proj\.weight|c_\w+\.weight|lm_head", name):
+            u, s, vh = torch.linalg.svd(update, full_matrices=False)
+            update = u[:, :rank] * s[:rank] @ vh[:rank]
+        found[name] = (x + update).to(x)
+    return found
+
+
+def assert_peft_has(state: dict[str, Tensor], make, base: Path, adapter: Path) -> None:
+    """PEFT's base under an adapter has these weights, and the logits of a model with them."""
+    net = make()
+    net.load_state_dict(state, strict=False)  # a tied head is in no file
+    logits, found = loaded(base, adapter)
+    assert torch.allclose(logits, net.eval()(IDS).logits, atol=1e-5)
+    assert not torch.allclose(logits, alone(base), atol=1e-3)
+    assert all(torch.allclose(found[name], x, atol=1e-5) for name, x in state.items())
+
+
+@pytest.mark.slow
+@QUIET
+@MADE
+def test_peft_loads_what_extract_lora_writes(tmp_path: Path, make, glob: str, words: list[str]):
+    net, (base, task, out) = make(), (tmp_path / x for x in ("base", "tuned", "out"))
+    net.save_pretrained(base, max_shard_size="4KB")
+    assert (base / "model.safetensors.index.json").is_file()
+    train(net, glob)
+    net.save_pretrained(task)
+    for rank in ("3", "8"):
+        arguments = [str(base), str(task), "-o", str(out), "--rank", rank, "--overwrite", "--quiet"]
+        assert main(["extract-lora", *arguments, *words]) == 0
+        expected = truncated(base, task, int(rank))
+        assert_peft_has(expected, make, base, out)
+        again = open_adapter(out, open_checkpoint(base))
+        assert all(torch.allclose(again[name], x, atol=1e-5) for name, x in expected.items())
+
+
+@pytest.mark.slow
+@QUIET
+@MADE
+def test_peft_loads_what_a_merge_writes(tmp_path: Path, make, glob: str, words: list[str]):
+    base, out, full = tmp_path / "base", tmp_path / "out", tmp_path / "full"
+    make().save_pretrained(base, max_shard_size="4KB")
+    tasks = []
+    for seed, name in enumerate("ab"):
+        net = make()
+        train(net, glob, seed)
+        net.save_pretrained(tmp_path / name)
+        tasks.append(str(tmp_path / name))
+    arguments = ["merge", str(base), *tasks, "--rule", "ties", "--scale", "1", "--quiet"]
+    assert main([*arguments, "-o", str(full)]) == 0
+    assert main([*arguments, "-o", str(out), "--lora-rank", "8", *words]) == 0
+    rank = json.loads((out / "adapter_config.json").read_text())["r"]
+    assert_peft_has(truncated(base, full, rank), make, base, out)
+
+
+@pytest.mark.slow
+def test_peft_loads_a_multi_head_attention_stored_whole(tmp_path: Path):
+    import peft
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = torch.nn.MultiheadAttention(6, 2, batch_first=True)
+            self.fc, self.norm = torch.nn.Linear(6, 5), torch.nn.LayerNorm(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.fc(self.attn(x, x, x)[0]))
+
+    torch.manual_seed(0)
+    net = Net().eval()
+    base = {name: x.clone() for name, x in net.state_dict().items()}
+    train(net, "")
+    mp.extract_lora(base, net.state_dict(), 5, save_modules=True).save(tmp_path / "adapter")
+    x = single(2, 3, 6)
+    expected = net(x).detach()
+    net.load_state_dict(base)
+    assert not torch.allclose(net(x), expected, atol=1e-2)
+    under = peft.PeftModel.from_pretrained(net, tmp_path / "adapter").eval()
+    assert torch.allclose(under(x), expected, atol=1e-5)

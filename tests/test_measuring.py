@@ -294,10 +294,20 @@ def other_names(model: Path, data: Path) -> tuple[nn.Module, list[Tensor]]:
     return nn.Sequential(nn.Sequential(nn.Linear(5, 3))), [torch.ones(2, 5)]
 
 
+def too_wide(model: Path, data: Path) -> tuple[nn.Module, list[Tensor]]:
+    """Inputs that do not fit the module."""
+    return linear(model, data)[0], [torch.ones(2, 6)]
+
+
 def branching(model: Path, data: Path) -> tuple[nn.Module, list[Tensor]]:
     """A module that decides by numbers, which vmap cannot follow."""
     module, batches = linear(model, data)
-    module[0].register_forward_pre_hook(lambda m, x: None if x[0].sum() > 0 else None)
+
+    def decide(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].sum() > 0:
+            layer.positive = True
+
+    module[0].register_forward_pre_hook(decide)
     return module, batches
 
 
@@ -322,11 +332,7 @@ def branching(model: Path, data: Path) -> tuple[nn.Module, list[Tensor]]:
             {"loader": other_names},
             "no tensor of .* is called as a parameter of the mod",
         ),
-        (
-            "fisher",
-            {"loader": branching},
-            "vmap cannot take this module's gradients sample by sample",
-        ),
+        ("fisher", {"loader": branching}, "not sample by sample in torch.func.vmap"),
         ("gradient", {"loader": linear}, "gradient with task=None: gradients are the base's"),
         ("covariance", {"loader": "open_clip"}, "is a file: give open_clip's name of its arch"),
         ("covariance", {"architecture": "ViT-Z"}, "open_clip cannot make a model ViT-Z"),

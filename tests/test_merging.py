@@ -89,6 +89,15 @@ def test_default_policy():
     }
     assert {name: mp.default_policy(name, x2) for name in kinds} == kinds
     assert mp.default_policy("ln.weight", x1) == "vector"
+    assert mp.default_policy("mlp.experts.gate_up_proj_bias", x2) == "vector"
+    for name in (
+        "experts.gate_up_proj",
+        "model.layers.0.mlp.experts.down_proj",
+        "experts.w1.weight",
+    ):
+        assert mp.default_policy(name, torch.empty(2, 4, 4)) == "stack"
+    for name in ("experts_of.w", "my_experts.w", "experts.0.w", "visual.class_tokens"):
+        assert mp.default_policy(name, torch.empty(2, 4, 4)) == "vector"
 
 
 def test_policies_as_tables_and_functions():

@@ -64,13 +64,13 @@ def test_imports_run_one_way():
     ).prepare()  # raises for a cycle
 
 
-@pytest.mark.parametrize("name", ["errors", "plain", "version"])
+@pytest.mark.parametrize("name", ["errors", "low_rank", "plain", "version"])
 def test_some_rooms_stand_alone(name: str):
     assert not rooms_imported(name)
 
 
 def test_the_mathematics_knows_no_engine():
-    assert rooms_imported("methods") == {"errors"}
+    assert rooms_imported("methods") == {"errors", "low_rank"}
     assert rooms_imported("per_task") <= {"errors", "methods"}
     engine = {"merging", "steps", "recipe", "task_vectors", "job", "xray", "__main__"}
     for name in ("diagnostics", "lbw_weights", "data_statistics", "parallel"):

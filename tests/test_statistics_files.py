@@ -11,6 +11,7 @@ from torch import Tensor
 
 import minipact as mp
 from helpers import contents, data_of, fails, same, small_model
+from minipact import job
 from minipact.__main__ import main
 from minipact.checkpoints import open_checkpoint, sha256
 from minipact.statistics_files import digests, names_under
@@ -263,6 +264,20 @@ def test_files_that_do_not_fit_are_refused_by_name(folder: Path, spoil, message:
         merged(folder, "out.safetensors", mp.Recipe(rule="regmean"), statistics=files(folder))
     assert str(path) in str(caught.value)
     assert not (folder / "out.safetensors").exists()
+
+
+def test_a_merge_goes_on_only_with_the_same_statistics(folder: Path):
+    recipe = mp.Recipe(rule="regmean")
+    opened = job.open_job(models(folder)[0], models(folder)[1:], recipe, statistics=files(folder))
+    output = job.Output(folder / "out.safetensors", opened.metas())
+    output.start(job._journal(opened) | job._stamps(opened))
+    output.write("visual.proj", opened.merged["visual.proj"])
+    output.settle()
+    output.close(keep=True)
+    (folder / "signs_covariance.safetensors").unlink()
+    stored(folder, "covariance", {"signs": COVARIANCES["cars"]})
+    with pytest.raises(mp.CheckpointError, match="was begun with statistics {'covariance'"):
+        merged(folder, "out.safetensors", recipe, statistics=files(folder), resume=True)
 
 
 def test_a_file_for_each_task_once(folder: Path):

@@ -20,10 +20,10 @@ KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
 def smaller(png: str) -> str:
-    """The picture (base64) with a palette of 128 colours, a third of the bytes or less."""
+    """The picture (base64) with a palette of 64 colours, a third of the bytes or less."""
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     packed = io.BytesIO()
-    picture.quantize(128, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
+    picture.quantize(64, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
     return base64.b64encode(packed.getvalue()).decode()
 
 
