@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from sums import sha256
+from sums import sha256_of
 
 State = Mapping[str, Tensor]
 Hits = dict[str, np.ndarray]
@@ -56,8 +56,9 @@ def mean_accuracy(hits: Hits) -> float:
 
 
 def digest_of(folder: Path) -> str:
-    """SHA-256 of a folder's checksums, which names the training that its weights come from."""
-    return sha256(folder / "SHA256SUMS")
+    """SHA-256 of the checksums of a folder's weights, which names the training that they come from."""
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    return sha256_of("\n".join(line for line in lines if ".safetensors" in line).encode())
 
 
 def zoo_bench(name: str, folder: Path) -> Bench:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def load_encoder(folder: Path) -> TunedEncoder:
     """
     verify(folder, "restore it from the repository, or run data/train_encoder.py again")
     info = json.loads((folder / "encoder.json").read_text())
-    check_examples(folder / "examples.csv")
+    check_examples(folder / "examples.csv.gz")
     base = Encoder().trained()
     tuned = {task: packed.read(base, folder / f"{task}.safetensors.gz") for task in info["tasks"]}
     return TunedEncoder(info, base, tuned)
@@ -158,7 +159,7 @@ def load_encoder(folder: Path) -> TunedEncoder:
 
 def check_examples(table: Path) -> None:
     """Raise DataError unless the packages give the test and validation texts that the table lists."""
-    with table.open(newline="") as file:
+    with gzip.open(table, "rt", newline="", encoding="utf-8") as file:
         listed = list(csv.DictReader(file))
     for task in dict.fromkeys(row["task"] for row in listed):
         wanted = [row for row in listed if row["task"] == task]
@@ -170,7 +171,7 @@ def check_examples(table: Path) -> None:
 
 
 def example_rows(task: str) -> list[dict[str, str]]:
-    """What examples.csv says of a task: keys, labels and hashes of its test and validation texts."""
+    """What examples.csv.gz says of a task: keys, labels and hashes of its test and validation texts."""
     return [
         {"task": task, "split": split, "key": row.key, "label": row.label, "sha256": row.hash[:16]}
         for split in ("test", "val")

@@ -2,7 +2,7 @@
 
 Every example has a key (its place in the package) and a group (what must not be torn apart: the verses of a
 chapter, the codes of a disease). A hash of the group's name says whether it is for testing, validation or
-training. data/encoder/examples.csv lists keys and hashes of test and validation texts.
+training. data/encoder/examples.csv.gz lists keys and hashes of test and validation texts.
 """
 
 from __future__ import annotations

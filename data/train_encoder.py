@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gzip
+import io
 import json
 import math
 import os
@@ -124,13 +126,15 @@ def store(out: Path, full: dict[str, State], step: float) -> None:
     for task, weights in full.items():
         (out / f"{task}.safetensors.gz").write_bytes(packed.pack(base, weights, step))
     stored = {task: packed.read(base, out / f"{task}.safetensors.gz") for task in full}
-    with (out / "examples.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(
-            file, ["task", "split", "key", "label", "sha256"], lineterminator="\n"
-        )
-        writer.writeheader()
-        for task in full:
-            writer.writerows(example_rows(task))
+    listed = io.StringIO()
+    writer = csv.DictWriter(
+        listed, ["task", "split", "key", "label", "sha256"], lineterminator="\n"
+    )
+    writer.writeheader()
+    for task in full:
+        writer.writerows(example_rows(task))
+    packed_list = gzip.compress(listed.getvalue().encode(), mtime=0)
+    (out / "examples.csv.gz").write_bytes(packed_list)
     info = describe(full, stored, step)
     (out / "encoder.json").write_text(json.dumps(info, indent=1) + "\n")
     write_sums(out)

@@ -1,5 +1,6 @@
 """The real encoder: texts and splits, packed updates, damage, and that recorded accuracies are its own."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_sentences_are_cut_at_their_ends_and_kept_by_length():
 
 
 def test_no_text_is_in_git():
-    listed = (FOLDER / "examples.csv").read_text()
+    listed = gzip.decompress((FOLDER / "examples.csv.gz").read_bytes()).decode()
     sentences = [
         row.text for task in ("verses", "speeches", "bugs") for row in texts.split(task)["test"]
     ]
@@ -170,12 +171,12 @@ def test_damaged_files_are_named(copy: Path):
     "change", [lambda x: x[:-1], lambda x: [*x[:2], x[2][:-3] + "abc", *x[3:]]]
 )
 def test_other_texts_are_noticed(tmp_path: Path, change):
-    lines = (FOLDER / "examples.csv").read_text().splitlines()
+    lines = gzip.decompress((FOLDER / "examples.csv.gz").read_bytes()).decode().splitlines()
     few = [line for line in lines if line.startswith(("task,", "industries,"))]
-    table = tmp_path / "examples.csv"
-    table.write_text("\n".join(few))
+    table = tmp_path / "examples.csv.gz"
+    table.write_bytes(gzip.compress("\n".join(few).encode()))
     encoder_io.check_examples(table)
-    table.write_text("\n".join(change(few)))
+    table.write_bytes(gzip.compress("\n".join(change(few)).encode()))
     with pytest.raises(DataError, match=r"industries, example .*naics.*pins"):
         encoder_io.check_examples(table)
 
