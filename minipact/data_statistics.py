@@ -74,7 +74,7 @@ def gradient_magnitudes(
     chunk: int = 32,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Mean over samples of |d log p(y|x) / d theta_i|, the magnitude taken for every sample.
+    """Mean over samples of abs(d log p(y, given x) / d theta_i), the magnitude taken for every sample.
 
     At the base, on a task's data, it is what TATR weighs: the statistic "gradient" of a merge. Source: Sun et
     al. 2025 (arXiv 2501.15065), who take 128 samples a task. Arguments, result and errors as in `fisher`.

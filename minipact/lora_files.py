@@ -81,13 +81,13 @@ def merge_to_lora(
         overwrite: replace an existing output.
 
     Returns:
-        A summary that JSON can take: record (with the SHA-256 of the inputs' files), base and tasks (with
+        A summary that JSON can take, with record (and in it the SHA-256 of inputs), base and tasks (with
         paths), tensors (what was done -> number), notes, rank, layers (their number), whole, error and errors
         as in `Lora`, files, bytes and seconds.
 
     Raises:
-        CheckpointError, MergeError, OSError: as `merge_files` and `to_lora`; nor may a table of tokens change
-        that the model ties to its head. In every case there is no output.
+        CheckpointError, MergeError, OSError: as `merge_files` and `to_lora`, and where a table of tokens
+            changed that the model ties to its head. In every case there is no output.
     """
     started, path = time.perf_counter(), Path(output)
     if distributed.size() > 1:

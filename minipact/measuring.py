@@ -84,7 +84,7 @@ def measure_file(
         overwrite: replace an existing output.
 
     Returns:
-        A summary that JSON can take: kind, samples, tensors (their number), file, bytes and seconds.
+        A summary that JSON can take, with kind, samples, tensors (their number), file, bytes and seconds.
 
     Raises:
         CheckpointError: model, task or output cannot be.

@@ -86,8 +86,8 @@ def tall(
 ) -> tuple[Tensor, Tensor]:
     """TALL masks: one merged task vector, and for each task a mask of the entries that serve it.
 
-    m_t = 1[|D_t| > lambda_t |M - D_t|] with the merged vector M; a task gets m_t M. Source: Wang et al. 2024
-    (arXiv 2405.07813).
+    m_t = 1[abs(D_t) > lambda_t abs(M - D_t)] with the merged vector M; a task gets m_t M. Source: Wang
+    et al. 2024 (arXiv 2405.07813).
 
     Args:
         D: [T, ...] task matrices or vectors.

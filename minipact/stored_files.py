@@ -61,7 +61,7 @@ def compress_files(
         overwrite: replace an existing output.
 
     Returns:
-        A summary that JSON can take: record (with the SHA-256 of the inputs' files), base and tasks (with
+        A summary that JSON can take, with record (and in it the SHA-256 of inputs), base and tasks (with
         paths), tensors (what was done -> number), notes, files, bytes, bytes_apart (the base and a whole
         model for each task beside it) and seconds.
 
@@ -142,7 +142,7 @@ def extract_file(
         max_shard_size, overwrite: as in `merge_files`.
 
     Returns:
-        A summary that JSON can take: task, notes, files and bytes.
+        A summary that JSON can take, with task, notes, files and bytes.
 
     Raises:
         MergeError: no such task; the message lists them. CheckpointError: an input or the output cannot be.

@@ -138,7 +138,7 @@ register(
 
 
 def sensitivity(D: Tensor, gradient: Tensor | None = None) -> Tensor:
-    """Omega [...] = sum_{i != j} g_i |D_j| in float64, of D [T, ...] and g [T, ...], |D| itself if None."""
+    """Omega [...] = sum_{i != j} g_i abs(D_j) in float64, of D and g [T, ...], abs(D) itself if None."""
     sizes = D.abs().double()
     slopes = sizes if gradient is None else gradient.to(sizes)
     return slopes.sum(0) * sizes.sum(0) - (slopes * sizes).sum(0)
@@ -168,15 +168,15 @@ def tatr(
 
     With g_i the mean magnitude of task i's gradients at the base, an entry stays, for all tasks, where
 
-        Omega = sum_{i != j} g_i |tau_j| = (sum_i g_i) (sum_i |tau_i|) - sum_i g_i |tau_i|
+        Omega = sum_{i != j} g_i a_j = (sum_i g_i) (sum_i a_i) - sum_i g_i a_i,  a_i = abs(tau_i)
 
     is among the smallest share q over the whole model, ties included; others become 0. Without data,
-    |tau_i| stands for g_i. Source: Sun et al. 2025 (arXiv 2501.15065), whose code was not found.
+    a_i stands for g_i. Source: Sun et al. 2025 (arXiv 2501.15065), whose code was not found.
 
     Args:
         D: [T, ...] tasks of one tensor, or of a model as one vector.
         q: share of entries to keep; 1 keeps all.
-        gradient: [T, ...] mean over samples of the magnitudes of their gradients at the base. None is |D|.
+        gradient: [T, ...] mean over samples of the magnitudes of their gradients at the base. None is abs(D).
         thresholds: [1], the largest Omega to keep, in float32. None takes it from D alone; a merge from
             the whole model, exactly, in two passes.
 
@@ -207,8 +207,8 @@ register(
 def consensus(D: Tensor, lambdas: float = 0.4, *, keep: int = 2) -> Tensor:
     """Consensus TA: add up the tasks, and keep the entries that several of them need.
 
-    Task t needs an entry where |tau_t| > lambda |tau - tau_t|, tau being the sum of all (its TALL mask). D is
-    [T, ...], the result [...]: tau where `keep` tasks or more do. keep=1 drops what none needs, 0 is task
+    Task t needs an entry where abs(tau_t) > lambda abs(tau - tau_t), tau being the sum of all (its TALL mask). D
+    is [T, ...], the result [...]: tau where `keep` tasks or more do. keep=1 drops what none needs, 0 is task
     arithmetic, and more than T leaves nothing, so one task alone needs keep=1. Source: Wang et al. 2024
     (arXiv 2405.07813), who choose lambda for each task on validation data, from 0.2 to 0.6; 0.4 for all is
     ours.
