@@ -207,7 +207,7 @@ register(
 def consensus(D: Tensor, lambdas: float = 0.4, *, keep: int = 2) -> Tensor:
     """Consensus TA: add up the tasks, and keep the entries that several of them need.
 
-    Task t needs an entry where abs(tau_t) > lambda abs(tau - tau_t), tau being the sum of all (its TALL mask). D
+    Task t needs an entry where abs(tau_t) > lambda abs(tau - tau_t), tau the sum of all (its TALL mask). D
     is [T, ...], the result [...]: tau where `keep` tasks or more do. keep=1 drops what none needs, 0 is task
     arithmetic, and more than T leaves nothing, so one task alone needs keep=1. Source: Wang et al. 2024
     (arXiv 2405.07813), who choose lambda for each task on validation data, from 0.2 to 0.6; 0.4 for all is
