@@ -117,11 +117,16 @@ class Seeds:
         return np.array([float(row[name]) for row in cls.rows if row["seed"] == seed])
 
 
-def test_three_seeds_are_recorded_and_the_first_is_the_zoo():
-    assert Seeds.seeds == ["0", "1", "2"]
+@pytest.mark.parametrize(("seed", "folder"), [("0", "zoo"), ("1", "zoo1"), ("2", "zoo2")])
+def test_seeds_are_recorded_as_the_zoos_say(seed: str, folder: str):
+    info = json.loads((ROOT / "data" / folder / "zoo.json").read_text())
     for name in ("zero_shot", "finetuned", "task_arithmetic"):
-        recorded = [row[name] for row in INFO["tasks"].values()]
-        assert np.allclose(Seeds.column("0", name), recorded, atol=1e-4)
+        recorded = [row[name] for row in info["tasks"].values()]
+        assert np.allclose(Seeds.column(seed, name), recorded, atol=1e-4)
+
+
+def test_four_seeds_are_recorded():
+    assert Seeds.seeds == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize("seed", Seeds.seeds)
