@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from minipact.arguments import add_report, add_selection, add_work
+
 Run = Callable[[argparse.Namespace], int]
 
 
@@ -30,12 +32,7 @@ def add_extract_lora(commands: Any, run: Run, entry: str) -> None:
     add_save_modules(add)
     add("--svd", choices=("exact", "randomized"), default="exact",
         help="randomized is faster on large matrices (%(default)s)")  # fmt: skip
-    add("--include", action="append", metavar="GLOB", help="only these tensors")
-    add("--exclude", action="append", metavar="GLOB", help="leave these as in the base")
-    add("--missing", choices=("error", "base"), default="error",
-        help="tensors that a model lacks: refused, or as in the base (%(default)s)")  # fmt: skip
-    add("--rename", action="append", metavar="OLD=NEW", help="beginning of names in TUNED")
-    add("--entry", metavar="KEY", help=entry)
+    add_selection(add, "TUNED", entry)
     add("--dtype", choices=("float32", "bfloat16", "float16", "float64"),
         help="of the adapter (float32, and tensors stored whole as in the base)")  # fmt: skip
     add(
@@ -44,12 +41,8 @@ def add_extract_lora(commands: Any, run: Run, entry: str) -> None:
         help="what the adapter calls its base (what TUNED's card says)",
     )
     add("--license", metavar="ID", help="for the card, likewise")
-    add("--seed", type=int, default=0, help="of sketches (%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (%(default)s)")
-    add("--threads", type=int, metavar="N", help="tensors in work at once on CPUs (all cores)")
-    add("--overwrite", action="store_true", help="replace an existing output")
-    add("--json", action="store_true", help="summary as JSON on standard output")
-    add("--quiet", action="store_true", help="no progress bar, no summary")
+    add_work(add)
+    add_report(add)
 
 
 def add_save_modules(add: Callable[..., object]) -> None:

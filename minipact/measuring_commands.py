@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from minipact.arguments import add_report
+
 Run = Callable[[argparse.Namespace], int]
 # STATISTICS takes torch to load, for which help does not wait.
 KINDS = ("covariance", "fisher", "gradient")
@@ -57,9 +59,7 @@ def add_statistics(commands: Any, run: Run) -> None:
     add("--batch", type=int, default=32, metavar="N", help="at once (%(default)s)")
     add("--seed", type=int, default=0, help="of the samples, and of labels drawn (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (%(default)s)")
-    add("--overwrite", action="store_true", help="replace an existing output")
-    add("--json", action="store_true", help="summary as JSON on standard output")
-    add("--quiet", action="store_true", help="no summary")
+    add_report(add)
 
 
 def show_statistics(arguments: argparse.Namespace, summary: Mapping[str, Any]) -> None:

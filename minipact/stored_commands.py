@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from minipact.arguments import add_report, add_selection, add_work
+
 Run = Callable[[argparse.Namespace], int]
 # What METHODS holds by the end; it takes torch to load, for which help does not wait.
 PER_TASK = ("emr", "tall", "tsv_compress")
@@ -34,16 +36,9 @@ def add_compress(commands: Any, run: Run, entry: str) -> None:
         "takes one for each task")  # fmt: skip
     add("--without-base", action="store_true",
         help="leave the base out; minipact extract then needs it again")  # fmt: skip
-    add("--include", action="append", metavar="GLOB", help="only these tensors")
-    add("--exclude", action="append", metavar="GLOB", help="leave these as in the base")
-    add("--missing", choices=("error", "base"), default="error",
-        help="tensors that a model lacks: refused, or as in the base (%(default)s)")  # fmt: skip
-    add("--rename", action="append", metavar="OLD=NEW", help="beginning of names in the tasks")
-    add("--entry", metavar="KEY", help=entry)
-    add("--seed", type=int, default=0, help="of sketches (%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (%(default)s)")
-    add("--threads", type=int, metavar="N", help="tensors in work at once on CPUs (all cores)")
-    _add_common(compress)
+    add_selection(add, "the tasks", entry)
+    add_work(add)
+    add_report(add)
 
 
 def add_extract(commands: Any, run: Run) -> None:
@@ -63,14 +58,7 @@ def add_extract(commands: Any, run: Run) -> None:
     add("--base", metavar="BASE", type=Path,
         help="the base, where the file holds none, or for a model folder's other files")  # fmt: skip
     add("--max-shard-size", default="5GB", help="of a folder's files (%(default)s)")
-    _add_common(extract)
-
-
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--overwrite", action="store_true", help="replace an existing output")
-    add("--json", action="store_true", help="summary as JSON on standard output")
-    add("--quiet", action="store_true", help="no progress bar, no summary")
+    add_report(add)
 
 
 def by_task(value: Any) -> Any:
