@@ -56,7 +56,7 @@ from minipact.parallel import cores, memory
 from minipact.recipe import Recipe, as_globs
 from minipact.statistics_files import ByTask, check_recorded, matched, naming_files, open_statistics
 from minipact.steps import Step
-from minipact.tensors import State, add_update, in_pieces
+from minipact.tensors import State, rounded_update
 from minipact.version import __version__
 from minipact.vocabulary import Union, lost_tokens, union_of, united, write_union
 
@@ -767,7 +767,7 @@ def _write(
     )  # fmt: skip
     keep, stop = False, Event()
     sums, files = blank, list[Path]()
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with ThreadPoolExecutor(max_workers=threads or cores()) as pool:
         try:
             hashing = {}
             if distributed.rank() == 0:
@@ -859,17 +859,15 @@ def _merge_share(
     """
     merged, places = job.merged, job.places
     workers, room = at_once(merged, threads)
-    costs = {name: _cost(step) for name, step in merged.steps.items()}
     merged.prepare(
-        distributed.share(costs), gather=distributed.from_all, threads=workers, room=room
+        _share_of(merged, merged), gather=distributed.from_all, threads=workers, room=room
     )
-    left = {name: cost for name, cost in costs.items() if not output.done.issuperset(places[name])}
-    mine = distributed.share(left)
+    mine = _share_of(merged, [x for x in merged if not output.done.issuperset(places[x])])
 
-    def work(name: str) -> tuple[str, Tensor, tuple[float, float]]:
+    def work(name: str) -> tuple[str, Tensor, list[float]]:
         base, delta, factor = merged.parts(name)
-        tensor = add_update(name, base, delta, factor, merged.meta(name).dtype)
-        return name, tensor.cpu(), _rounding(base, delta, tensor, factor)
+        tensor, *norms = rounded_update(name, base, delta, factor, merged.meta(name).dtype)
+        return name, tensor, norms
 
     noise = signal = 0.0
     tensors = merged.map(work, mine, threads=workers, room=room)
@@ -884,19 +882,14 @@ def _merge_share(
     return noise, signal
 
 
-def _rounding(
-    base: Tensor, delta: Tensor | None, merged: Tensor, factor: float
-) -> tuple[float, float]:
-    """Squared norms of what rounding to a half type adds, and of factor * delta."""
-    if delta is None or not merged.is_floating_point() or merged.itemsize >= 4:
-        return 0.0, 0.0
-    noise, signal, norm = 0.0, 0.0, torch.linalg.vector_norm
-    pieces = (in_pieces(x, delta.device) for x in (base, delta, merged))
-    for x, d, y in zip(*pieces, strict=True):
-        error = torch.add(x.to(d), d, alpha=factor).sub_(y.to(d))
-        noise += float(norm(error, dtype=torch.float64)) ** 2
-        signal += float(norm(d, dtype=torch.float64)) ** 2 * factor**2
-    return noise, signal
+def _share_of(merged: Merged, names: Collection[str]) -> set[str]:
+    """Those of some tensors that are this process'; what is computed in one go stays together."""
+    costs: dict[str, float] = {}
+    for name in names:
+        first = merged.together(name)[0]
+        costs[first] = costs.get(first, 0.0) + _cost(merged.steps[name])
+    firsts = distributed.share(costs)
+    return {name for name in names if merged.together(name)[0] in firsts}
 
 
 def _cost(step: Step) -> float:

@@ -13,6 +13,7 @@ import math
 from collections.abc import (
     Callable,
     Collection,
+    Hashable,
     Iterable,
     Iterator,
     Mapping,
@@ -34,6 +35,7 @@ import minipact.training
 import minipact.whole_vector  # noqa: F401  all enter their methods into the registry
 from minipact.alignment import Aligned, aligned, is_packed, other_numbers, refuse_disagreement
 from minipact.errors import MergeError, listing
+from minipact.groups import GROUP, Group, Waiting, group_matrices, groups_of, zero_parts
 from minipact.low_rank import Product, Products, expanded
 from minipact.methods import (
     FACTORS,
@@ -93,7 +95,10 @@ from minipact.tensors import (
     meta_of,
     task_blocks,
     task_factors,
+    task_matrices,
 )
+
+KEPT = 1 << 27  # entries of purified task matrices that stay in memory for further passes
 
 Progress = Callable[[int, int, str], None] | None
 Gather = Callable[[Any], list[Any]]
@@ -109,6 +114,8 @@ class _FirstPass:
     answers: Answers | None = None  # for each method, by the names of its arguments
     kept: Kept | None = None  # merged task vectors by name, once `at` wants them
     lock: Any = field(default_factory=Lock)
+    waiting: Waiting = field(default_factory=Waiting)
+    purified: dict[str, Tensor] = field(default_factory=dict)  # by the first name of a group
 
 
 @dataclass(frozen=True)
@@ -202,6 +209,7 @@ class Merged(Mapping[str, Tensor]):
         self._passes: dict[str | float, _FirstPass] = {}
         self.recipe = replace(given, options={use.name: use.effective for use in self._uses})
         self._settle(found)
+        self.notes = (*self.notes, *self._repeated())
         self._try_out()
 
     def __iter__(self) -> Iterator[str]:
@@ -215,7 +223,7 @@ class Merged(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         base, delta, factor = self.parts(name)
-        return add_update(name, base, delta, factor, self.meta(name).dtype).cpu()
+        return add_update(name, base, delta, factor, self.meta(name).dtype)
 
     @property
     def scale(self) -> float:
@@ -277,9 +285,15 @@ class Merged(Mapping[str, Tensor]):
         kept = self._passes[self.recipe.vectors].kept
         if step.rule == "copy" or self.scale == 0 or kept is not None:
             return self.parts(name)[1:]
+        if len(self._groups[name]) > 1:
+            return self.parts(name)[1:]
         self.prepare()
         found = self._computed(step, self._passes[self.recipe.vectors].answers or [])
         return found, self.scale if step.factor is None else step.factor
+
+    def together(self, name: str) -> tuple[str, ...]:
+        """Names of the small tensors that are computed in one go with a tensor, in order, itself too."""
+        return tuple(step.name for step in self._groups[name])
 
     def map(
         self,
@@ -338,7 +352,21 @@ class Merged(Mapping[str, Tensor]):
         }
         for use in self._uses:
             check_work(use, self.steps.values())
+        self._groups = groups_of(self.steps.values(), self._likeness, len(self.tasks) + 1)
         self._passes.setdefault(vectors, _FirstPass())
+
+    def _likeness(self, step: Step) -> Hashable:
+        """What tensors of one group have in common; None for one that is merged alone."""
+        if step.rule == "copy" or step.kind.startswith("stack") or step.entries == 0:
+            return None
+        models = [self.base, *self._holding(step.name).values()]
+        if FACTORS in self._uses[-1].method.needs and any(hasattr(x, "factors") for x in models):
+            return None
+        types = tuple(meta_of(x, step.name).dtype for x in models)
+        acting = [use for use in self._uses if use.name in (*step.purify, step.rule)]
+        shape = step.shape if any(use.method.acts_on != "entries" for use in acting) else None
+        held = self._models.holders.get(step.name)
+        return step.kind, step.purify, step.rule, step.factor, shape, held, types
 
     def _computes(self, name: str) -> bool:
         """Whether a tensor's merged task vector is needed and not there yet."""
@@ -361,10 +389,17 @@ class Merged(Mapping[str, Tensor]):
 
     def _merged_vector(self, step: Step) -> Tensor | None:
         found = self._passes[self.recipe.vectors]
+        group, answers = self._groups[step.name], found.answers or []
+
+        def compute() -> list[Tensor | None]:
+            if len(group) == 1:
+                return [self._expanded(step, answers)]
+            return self._in_memory(group, answers)
+
         if found.kept is None:
-            return self._expanded(step, found.answers or [])
+            return found.waiting.take(step.name, group, compute)
         if step.name not in found.kept:
-            delta = self._expanded(step, found.answers or [])
+            delta = found.waiting.take(step.name, group, compute)
             found.kept[step.name] = None if delta is None else delta.cpu()
         kept = found.kept[step.name]
         return None if kept is None else kept.to(self.device)
@@ -392,26 +427,144 @@ class Merged(Mapping[str, Tensor]):
         self, step: Step, purifiers: Sequence[Applied], answers: Answers, by_entry: bool
     ) -> Iterator[Tensor]:
         """D [T, ...] of one tensor behind some purifiers; in blocks [T, b] where entries alone count."""
-        acting = [
-            (use, answer)
-            for use, answer in zip(purifiers, answers, strict=False)
-            if use.name in step.purify
-        ]
+        kept = self._kept_of(step, purifiers)
+        if kept is not None:
+            yield kept
+            return
+        acting = self._acting(step, purifiers, answers)
         whole = not (by_entry and all(use.takes_blocks(answer) for use, answer in acting))
-        tasks = self._holding(step.name)
-        weights = {label: x for label, x in (self.recipe.weights or {}).items() if label in tasks}
-        source = step.name, self.base, tasks, weights, self.device
-        for D in task_blocks(*source, whole=whole):
+        tasks, weights = self._held_with_weights(step)
+        for D in task_blocks(step.name, self.base, tasks, weights, self.device, whole=whole):
             for use, answer in acting:
                 D = self._call(use, answer, step, D)
             yield D
+
+    def _kept_of(self, step: Step, purifiers: Sequence[Applied]) -> Tensor | None:
+        """What a survey of the rule kept of D behind all purifiers; it is handed out once."""
+        if len(purifiers) < len(self._uses) - 1:
+            return None
+        return self._passes[self.recipe.vectors].purified.pop(step.name, None)
+
+    def _acting(
+        self, step: Step, purifiers: Sequence[Applied], answers: Answers
+    ) -> list[tuple[Applied, dict[str, Tensor]]]:
+        """Those purifiers that act on a tensor, each with what its survey found."""
+        pairs = zip(purifiers, answers, strict=False)
+        return [(use, answer) for use, answer in pairs if use.name in step.purify]
+
+    def _held_with_weights(self, step: Step) -> tuple[dict[str, State], dict[str, float]]:
+        """The tasks that hold a tensor, and their weights."""
+        tasks = self._holding(step.name)
+        given = self.recipe.weights or {}
+        return tasks, {label: given.get(label, 1.0) for label in tasks}
+
+    # -- several tensors at once -------------------------------------------------------------------
+
+    def _in_memory(self, group: Group, answers: Answers) -> list[Tensor | None]:
+        """`_group_vectors`, in halves where the device has no memory for all."""
+        try:
+            return self._group_vectors(group, answers)
+        except torch.OutOfMemoryError:
+            if len(group) == 1:
+                raise
+            half = len(group) // 2
+            parts = [self._in_memory(part, answers) for part in (group[:half], group[half:])]
+            return [x for part in parts for x in part]
+
+    def _group_vectors(self, group: Group, answers: Answers) -> list[Tensor | None]:
+        """The rule's results for the tensors of a group, None where one is zero."""
+        rule, answer = self._uses[-1], answers[-1]
+        D = self._group_matrices(group, self._uses[:-1], answers)
+        plain = PLAIN.get(group[0].rule)
+        if plain is not None:
+            merged = plain(D)
+        elif rule.method.acts_on == "entries":
+            merged = self._by_entry(rule, answer, group, D)
+        else:
+            merged = self._by_matrix(rule, answer, group, D)
+        sizes = [step.entries for step in group]
+        flat = merged.flatten()
+        parts = zip(group, torch.split(flat, sizes), zero_parts(flat, sizes), strict=True)
+        return [None if zero else x.view(step.shape) for step, x, zero in parts]
+
+    def _group_matrices(
+        self, group: Group, purifiers: Sequence[Applied], answers: Answers
+    ) -> Tensor:
+        """D of a group behind some purifiers: [T, N], end to end, or [T, G, ...] where all have one shape."""
+        kept = self._kept_of(group[0], purifiers)
+        if kept is not None:
+            return kept
+        names = [step.name for step in group]
+        tasks, weights = self._held_with_weights(group[0])
+        origin, D = group_matrices(names, self.base, tasks, weights, self.device)
+        if not is_finite(D):
+            for name in names:  # the one that holds it says so
+                task_matrices(name, self.base, tasks, weights, self.device)
+        if len({step.shape for step in group}) == 1:
+            D = D.view(len(D), len(group), *group[0].shape)
+        W0 = origin.to(D).view(D.shape[1:])
+        for use, answer in self._acting(group[0], purifiers, answers):
+            if use.method.acts_on == "entries":
+                D = self._by_entry(use, answer, group, D)
+            else:
+                D = self._by_matrix(use, answer, group, D, W0)
+        return D
+
+    @torch.no_grad()
+    def _by_entry(self, use: Applied, answer: dict[str, Tensor], group: Group, D: Tensor) -> Tensor:
+        """Run a method that looks at entries on a group."""
+        if not use.takes_blocks(answer):
+            return self._one_by_one(use, answer, group, D)
+        with _blaming(group[0], use):
+            found = use.method.function(D, **self._keywords(use, group[0]), **answer)
+            expected = D if use.method.kind == "purifier" else D[0]
+            return _checked(found, expected, use.method)
+
+    @torch.no_grad()
+    def _by_matrix(
+        self, use: Applied, answer: dict[str, Tensor], group: Group, D: Tensor,
+        W0: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Run a method that looks at matrices, or whole tensors, on a group, D [T, G, ...]."""
+        if not use.method.batched or not bool(D.transpose(0, 1).flatten(1).any(1).all()):
+            return self._one_by_one(use, answer, group, D)  # which lets zeros be
+        turned = use.sees_transposed(group[0].kind)
+        given = D.transpose(0, 1)
+        inputs = [given.mT if turned else given]
+        if W0 is not None and "base" in use.method.needs:
+            inputs.insert(0, W0.mT if turned else W0)
+        keywords: dict[str, Any] = use.clipped(group[0].shape)
+        if "generator" in use.method.needs:
+            seed = self.recipe.seed
+            keywords["generator"] = [named_generator(seed, step.name) for step in group]
+        try:
+            found = _checked_group(
+                use.method.function(*inputs, **keywords, **answer), inputs[-1], use
+            )
+        except MergeError:
+            return self._one_by_one(use, answer, group, D)  # which names the tensor
+        found = found.mT if turned else found
+        return found.transpose(0, 1) if use.method.kind == "purifier" else found
+
+    def _one_by_one(
+        self, use: Applied, answer: dict[str, Tensor], group: Group, D: Tensor
+    ) -> Tensor:
+        """Run a method on the tensors of a group for themselves; the result is as of all at once."""
+        sizes = [step.entries for step in group]
+        parts = zip(group, torch.split(D.flatten(1), sizes, 1), strict=True)
+        found = [self._call(use, answer, step, x.view(-1, *step.shape)) for step, x in parts]
+        purifies = use.method.kind == "purifier"
+        flat = torch.cat([x.reshape(len(D), -1) if purifies else x.flatten() for x in found], -1)
+        return flat.view(D.shape if purifies else D.shape[1:])
+
+    # -- one tensor --------------------------------------------------------------------------------
 
     def _factors(self, step: Step, use: Applied) -> Products | None:
         """D [T, m, n] of one tensor as factors, for a rule that takes them, where all tasks have some."""
         takes = use.name == step.rule and FACTORS in use.method.needs and not step.purify
         if not takes or not step.kind.startswith("matrix"):
             return None
-        tasks, weights = self._holding(step.name), self.recipe.weights or {}
+        tasks, weights = self._held_with_weights(step)
         return task_factors(step.name, self.base, tasks, weights, self.device)
 
     @torch.no_grad()
@@ -439,7 +592,9 @@ class Merged(Mapping[str, Tensor]):
         if use.method.acts_on == "matrix" and is_zero(D):
             return D if purifies else D[0]
         inputs, keywords = self._arguments(use, step, D)
-        if use.sees_slices(step.kind):
+        if use.sees_slices(step.kind) and use.method.batched:
+            result = self._of_stack(use, answer, step, inputs, keywords)
+        elif use.sees_slices(step.kind):
             parts = [
                 self._of_slice(use, answer, step, inputs, keywords, e) for e in range(step.shape[0])
             ]
@@ -447,6 +602,35 @@ class Merged(Mapping[str, Tensor]):
         else:
             result = self._result(use, answer, step, inputs, keywords)
         return result.mT if use.sees_transposed(step.kind) else result
+
+    def _of_stack(
+        self,
+        use: Applied,
+        answer: dict[str, Tensor],
+        step: Step,
+        inputs: list[Tensor],
+        keywords: dict[str, Any],
+    ) -> Tensor:
+        """Run a method for matrices on a stack [..., E, m, n], as many at once as a group may have."""
+        size = max(1, GROUP // (sum(x.numel() for x in inputs) // step.shape[0]))
+        pieces = list(zip(*(torch.split(x, size, -3) for x in inputs), strict=True))
+        several: dict[str, Any] = dict(keywords)
+        found = []
+        for number, piece in enumerate(pieces):
+            D = piece[-1].transpose(0, 1)
+            if "generator" in keywords:
+                several["generator"] = [keywords["generator"]] * len(D)
+            if len(D) > 1 and bool(D.flatten(1).any(1).all()):
+                with _blaming(step, use):
+                    result = use.method.function(*piece[:-1], D, **several, **answer)
+                    result = _checked_group(result, D, use)
+                purifies = use.method.kind == "purifier"
+                found.append(result.transpose(0, 1) if purifies else result)
+                continue
+            each = range(number * size, number * size + len(D))
+            parts = [self._of_slice(use, answer, step, inputs, keywords, e) for e in each]
+            found.append(torch.stack(parts, dim=-3))
+        return torch.cat(found, dim=-3)
 
     def _of_slice(
         self,
@@ -544,48 +728,95 @@ class Merged(Mapping[str, Tensor]):
         self, measure: Measure, use: Applied, answers: Answers, names: list[str], part: _Part
     ) -> Tensor:
         """Sum of measure(D) over all tensors that a method treats, those of other processes too."""
-        before, by_entry = self._uses[: len(answers)], use.looks_at_entries
-
         share: dict[str, Tensor] = {}
         lock = Lock()
+        keeps = self._keeps(use)
 
-        def look(name: str) -> None:
-            step = self.steps[name]
-            factors = self._factors(step, use)
-            blocks: Iterable[Any] = [factors]
-            if factors is None:
-                blocks = self._task_matrices(step, before, answers, by_entry)
-            if use.sees_transposed(step.kind):
-                blocks = (D.mT for D in blocks)
-
-            def value_of(D: Tensor) -> Tensor:
-                given = self._statistics_of(use, name, D)
-                if "tuned" in parameters_of(measure):
-                    given |= self._tuned(use, step, D)
-                if use.sees_slices(step.kind):
-                    return _added(
-                        measure(
-                            _slice(D, e), **{kind: _slice(x, e) for kind, x in given.items()}
-                        ).cpu()
-                        for e in range(step.shape[0])
-                    )
-                return measure(D, **given).cpu()
-
-            value = _added(map(value_of, blocks))
+        def look(first: str) -> None:
+            group = self._groups[first]
+            if len(group) == 1:
+                value = self._look(measure, use, answers, group[0], keeps)
+            else:
+                value = self._look_at_group(measure, use, answers, group, keeps)
             with lock:
                 if value.is_floating_point():  # these add up alike only in the order of names
-                    share[name] = value.clone()
+                    share[first] = value.clone()
                 elif "" in share:
                     share[""].add_(value)
                 else:
                     share[""] = value.to_dense().clone()
 
-        for _ in self._run(look, names, part.threads, part.room):
+        firsts = [name for name in names if self._groups[name][0].name == name]
+        for _ in self._run(look, firsts, part.threads, part.room):
             pass
         found = [item for one in part.gather(share) for item in one.items()]
         if not found:
             raise MergeError(f"{use.name} finds no tensor to look at in a first pass: see names")
         return _added(value for _, value in sorted(found, key=lambda item: item[0]))
+
+    def _look(
+        self, measure: Measure, use: Applied, answers: Answers, step: Step, keeps: bool
+    ) -> Tensor:
+        """measure(D) of one tensor behind the purifiers before the method that asks."""
+        before = self._uses[: len(answers)]
+        factors = self._factors(step, use)
+        if factors is not None:
+            return self._measured(measure, use, step, factors)
+        blocks = self._task_matrices(step, before, answers, use.looks_at_entries)
+        if keeps and step.spectral:
+            (whole,) = blocks
+            self._passes[self.recipe.vectors].purified[step.name] = whole
+            blocks = iter([whole])
+        return _added(self._measured(measure, use, step, D) for D in blocks)
+
+    def _look_at_group(
+        self, measure: Measure, use: Applied, answers: Answers, group: Group, keeps: bool
+    ) -> Tensor:
+        """measure(D) of a group."""
+        D = self._group_matrices(group, self._uses[: len(answers)], answers)
+        if keeps and group[0].spectral:
+            self._passes[self.recipe.vectors].purified[group[0].name] = D
+        if use.looks_at_entries and "tuned" not in parameters_of(measure):
+            return measure(D).cpu()
+        sizes = [step.entries for step in group]
+        parts = zip(group, torch.split(D.flatten(1), sizes, 1), strict=True)
+        return _added(
+            self._measured(measure, use, step, x.view(-1, *step.shape)) for step, x in parts
+        )
+
+    def _measured(self, measure: Measure, use: Applied, step: Step, D: Any) -> Tensor:
+        """measure(D) of one tensor, or of a block of it, with the statistics that it takes."""
+        if use.sees_transposed(step.kind):
+            D = D.mT
+        if isinstance(D, Products):
+            return measure(D).cpu()
+        given = self._statistics_of(use, step.name, D)
+        if "tuned" in parameters_of(measure):
+            given |= self._tuned(use, step, D)
+        if not use.sees_slices(step.kind):
+            return measure(D, **given).cpu()
+        return _added(
+            measure(_slice(D, e), **{kind: _slice(x, e) for kind, x in given.items()}).cpu()
+            for e in range(step.shape[0])
+        )
+
+    def _keeps(self, use: Applied) -> bool:
+        """Whether the passes of the rule's survey keep what the purifiers leave, for the passes to come."""
+        if use is not self._uses[-1] or not any(
+            p.method.acts_on == "matrix" for p in self._uses[:-1]
+        ):
+            return False
+        purified = [step for step in self.steps.values() if step.purify]
+        return len(self.tasks) * sum(step.entries for step in purified) <= KEPT
+
+    def _repeated(self) -> list[str]:
+        """A note where purifiers run anew for each pass of the rule's survey."""
+        rule = self._uses[-1]
+        slow = [use.name for use in self._uses[:-1] if use.method.acts_on == "matrix"]
+        if rule.method.survey is None or not slow or self._keeps(rule):
+            return []
+        what = f"{', '.join(slow)} runs once for each pass of {rule.name} over the model"
+        return [f"{what}, as what it leaves is too much to keep in memory"]
 
     def _holding(self, name: str) -> dict[str, State]:
         """The tasks that hold a tensor: all but where missing="present" lets some lack it."""
@@ -624,6 +855,7 @@ class Merged(Mapping[str, Tensor]):
         example: States = {name: {"": torch.eye(4)} for name in self.tasks}
         small._statistics = {kind: example for kind in self._statistics}
         small.steps = {"": Step("", (4, 4), torch.float32, "matrix", purify, rule)}
+        small._groups = {name: (step,) for name, step in small.steps.items()}
         small._passes = {self.recipe.vectors: _FirstPass()}
         try:
             small.prepare()
@@ -669,6 +901,15 @@ def _checked(result: object, expected: Tensor, method: Method) -> Tensor:
     if not is_built_in(method) and not is_finite(result):
         raise MergeError("it returned NaN or infinity")
     return result.to(expected)
+
+
+def _checked_group(result: Any, given: Tensor, use: Applied) -> Tensor:
+    """What a method of this package returned for a group D [G, T, m, n], in D's type."""
+    expected = given.shape if use.method.kind == "purifier" else given[:, 0].shape
+    if result.shape != expected:
+        raise MergeError(f"it returned the shape {tuple(result.shape)} for {tuple(expected)}")
+    found: Tensor = result.to(given)
+    return found
 
 
 def _slice(x: Any, number: int) -> Any:

@@ -17,7 +17,7 @@ import inspect
 import math
 import re
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -28,9 +28,12 @@ from torch import Tensor
 from minipact.errors import MergeError, check_known
 from minipact.low_rank import Product, Products
 
+PIECE = 1 << 20  # entries of matrices that are factorised in one call
+
 Rank = int | float | str
 Triples = tuple[Tensor, Tensor, Tensor]
 RNG = torch.Generator | None
+RNGs = RNG | Sequence[torch.Generator]
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 Option = bool | int | float | str | None
 Options = Mapping[str, object]
@@ -85,6 +88,8 @@ class Method:
             `function` as keyword arguments.
         sided: whether a rule on matrices tells inputs from outputs. Matrices stored for x @ W then come to
             it transposed, as they do to every purifier of matrices.
+        batched: whether a method on matrices takes several weights at once: W0 [G, m, n], D [G, T, m, n] and
+            a sequence of G generators, for G results.
     """
 
     name: str
@@ -96,6 +101,7 @@ class Method:
     needs: tuple[str, ...] = ()
     survey: Survey | None = None
     sided: bool = False
+    batched: bool = False
 
     def __post_init__(self) -> None:
         if self.name in PLAIN_WORDS:
@@ -222,13 +228,17 @@ def _method(
     needs: str = "",
     survey: Survey | None = None,
     sided: bool = False,
+    batched: bool = False,
     **scale: float,
 ) -> Callable[[_F], _F]:
     """Decorator that registers a function on tensors under its own name."""
 
     def enter(function: _F) -> _F:
         name, needed = function.__name__, tuple(needs.split())
-        register(Method(name, kind, function, source, acts_on, scale, needed, survey, sided))
+        method = Method(
+            name, kind, function, source, acts_on, scale, needed, survey, sided, batched
+        )
+        register(method)
         return function
 
     return enter
@@ -250,12 +260,15 @@ def is_finite(x: Tensor) -> bool:
         return True
     if x.itemsize == 1:  # torch has no minimum of 8-bit floats
         x = x.float()
-    return not x.numel() or all(map(torch.isfinite, x.aminmax()))
+    if x.numel() <= 4096:
+        return bool(x.isfinite().all())
+    low, high = x.aminmax()  # without the mask that isfinite makes
+    return bool(low.isfinite() & high.isfinite())
 
 
 def is_zero(x: Tensor) -> bool:
     """Whether all entries are zero."""
-    return not x.numel() or not any(x.aminmax())
+    return not bool(x.any())
 
 
 def widened(x: Tensor) -> Tensor:
@@ -267,9 +280,9 @@ def check_stack(D: Tensor | Products, W0: Tensor | None = None) -> None:
     """Raise MergeError unless D is a floating-point [T, m, n], T >= 1, and W0, if given, an [m, n]."""
     if isinstance(D, Products):
         return
-    if D.ndim != 3 or len(D) == 0 or not D.is_floating_point():
+    if D.ndim < 3 or D.shape[-3] == 0 or not D.is_floating_point():
         raise MergeError(f"D must be a floating-point [T, m, n], not {D.dtype} {tuple(D.shape)}")
-    if W0 is not None and W0.shape != D.shape[1:]:
+    if W0 is not None and W0.shape != (*D.shape[:-3], *D.shape[-2:]):
         raise MergeError(f"W0 {tuple(W0.shape)} does not fit D [T, m, n] = {tuple(D.shape)}")
 
 
@@ -296,48 +309,91 @@ def singular_triples(x: Tensor, tol: float, rank: Rank | None = None) -> Triples
     U is orthonormal up to 1e-16 / tol^2 only. Raises MergeError where x holds NaN or infinity, or the rank
     is out of range.
     """
-    if x.shape[0] < x.shape[1]:
-        v, s, u = singular_triples(x.mT, tol, rank)
-        return u, s, v
     check_finite(x)
+    u, s, v = padded_triples(x, tol, rank)
+    return trimmed(u), s[s > 0], trimmed(v)
+
+
+def padded_triples(x: Tensor, tol: float, rank: Rank | None = None) -> Triples:
+    """`singular_triples` of each matrix in x [..., m, n]: U [..., m, k], S [..., k], V [..., n, k].
+
+    All have the k that the rank means at most; what a matrix has less of is zero. Finite x only.
+    """
+    if x.shape[-2] < x.shape[-1]:
+        v, s, u = padded_triples(x.mT, tol, rank)
+        return u, s, v
     x = x.double()
     if tol < 1e-6:
-        u, s, vh = torch.linalg.svd(x, full_matrices=False)
-        k = _kept(s, tol, rank)
-        return u[:, :k].contiguous(), s[:k], vh[:k].mT.contiguous()
-    squares, v = torch.linalg.eigh(gram_matrix(x))
-    s = squares.flip(0).clamp(min=0).sqrt()
-    k = _kept(s, tol, rank)
-    s, v = s[:k], v.flip(1)[:, :k].contiguous()  # a view would keep all n x n of it
-    return x @ v / s, s, v
+        left, s, vh = torch.linalg.svd(x, full_matrices=False)
+        v = vh.mT
+    else:
+        squares, v = torch.linalg.eigh(gram_matrix(x))
+        s, v = squares.flip(-1).clamp(min=0).sqrt(), v.flip(-1)
+    kept = s > tol * s[..., :1]
+    k = s.shape[-1]
+    if rank is not None:
+        k = most_directions(rank, k)
+        kept = kept[..., :k] & _within_energy(rank, s * kept)[..., :k]
+    s, v = s[..., :k] * kept, v[..., :k] * kept.unsqueeze(-2)
+    if tol < 1e-6:
+        return left[..., :k] * kept.unsqueeze(-2), s, v
+    return x @ v / s.where(kept, 1).unsqueeze(-2), s, v
 
 
-def _kept(s: Tensor, tol: float, rank: Rank | None) -> int:
-    """How many of the singular values s, descending, are above tol s_1 and among those of a rank."""
-    k = int((s > tol * s[:1]).sum())
-    return k if rank is None else min(k, direction_count(rank, len(s), s[:k]))
+def _within_energy(rank: Rank, s: Tensor) -> Tensor:
+    """Which of the singular values s [..., k], descending, "energy:0.85" means; all for other ranks."""
+    if not isinstance(rank, str):
+        return torch.ones_like(s, dtype=torch.bool)
+    held = s.square().cumsum(-1)
+    before = torch.nn.functional.pad(held, (1, -1))
+    return before < float(rank[7:]) * held[..., -1:]
+
+
+def trimmed(basis: Tensor) -> Tensor:
+    """A padded basis [n, k] without its columns of zeros, in memory of its own."""
+    return basis[:, basis.any(0)].contiguous()
 
 
 def gram_matrix(x: Tensor, block: int = 256) -> Tensor:
-    """x^T x [n, n], of which eigh reads the lower triangle: only the blocks that touch it are filled."""
-    gram = x.new_zeros(x.shape[1], x.shape[1])
-    for i in range(0, x.shape[1], block):
-        gram[i:, i : i + block] = x[:, i:].mT @ x[:, i : i + block]
+    """x^T x [..., n, n], of which eigh reads the lower triangle: only the blocks that touch it are filled."""
+    n = x.shape[-1]
+    if n <= block:
+        return x.mT @ x
+    gram = x.new_zeros(*x.shape[:-2], n, n)
+    for i in range(0, n, block):
+        gram[..., i:, i : i + block] = x[..., i:].mT @ x[..., i : i + block]
     return gram
 
 
 def randomized_triples(
-    x: Tensor, count: int, generator: RNG, oversample: int = 10, power: int = 3
+    x: Tensor, count: int, generator: RNGs, oversample: int = 10, power: int = 3
 ) -> Triples:
-    """Leading singular triples by the range finder with power iterations (Halko et al. 2011)."""
-    shape = (x.shape[1], min(count + oversample, *x.shape))
-    source = generator.device if generator else "cpu"  # so that the numbers are the same elsewhere
-    sketch = torch.randn(shape, generator=generator, dtype=torch.float64, device=source)
-    q = torch.linalg.qr(x @ sketch.to(x)).Q
+    """Leading triples of x [..., m, n], padded, by the range finder with powers (Halko et al. 2011).
+
+    `generator` is one, or a sequence with one for each entry of the first dimension.
+    """
+    width = min(count + oversample, *x.shape[-2:])
+    sketch = drawn((*x.shape[:-2], x.shape[-1], width), generator).to(x)
+    q = torch.linalg.qr(x @ sketch).Q
     for _ in range(power):
         q = torch.linalg.qr(x @ torch.linalg.qr(x.mT @ q).Q).Q
-    u, s, v = singular_triples(q.mT @ x, roundoff(x.dtype), min(count, shape[1]))
+    u, s, v = padded_triples(q.mT @ x, roundoff(x.dtype), min(count, width))
     return q.double() @ u, s, v
+
+
+def drawn(shape: tuple[int, ...], generator: RNGs) -> Tensor:
+    """Normal random numbers [..., n, c] in float64, the same on every device: matrix by matrix.
+
+    `generator` is one, or a sequence with one for each entry of the first dimension.
+    """
+    if isinstance(generator, Sequence):
+        return torch.stack([drawn(shape[1:], g) for g in generator])
+    source = generator.device if generator else "cpu"
+    each = [
+        torch.randn(shape[-2:], generator=generator, dtype=torch.float64, device=source)
+        for _ in range(math.prod(shape[:-2]))
+    ]
+    return torch.stack(each).view(shape)
 
 
 def direction_count(rank: Rank, size: int, spectrum: Tensor | None = None) -> int:
@@ -359,6 +415,14 @@ def direction_count(rank: Rank, size: int, spectrum: Tensor | None = None) -> in
     raise MergeError(f"rank {rank!r} does not fit a matrix: {hint}")
 
 
+def most_directions(rank: Rank, size: int) -> int:
+    """The count that a rank means at most; that of "energy:0.85" depends on the spectrum. Errors as above."""
+    if isinstance(rank, str):
+        direction_count(rank, size, torch.ones(1))
+        return size
+    return direction_count(rank, size)
+
+
 def thin_triples(x: Product, tol: float, rank: Rank) -> Triples:
     """`singular_triples` of a product [m, n], from those of its core of r x r at most."""
     q, core, p = x.thin()
@@ -374,42 +438,78 @@ def leading_triples(x: Tensor | Product, rank: Rank, svd: str, generator: RNG) -
     svd is "exact" or "randomized"; of a product they are exact, as this takes less. Raises MergeError as
     `singular_triples` does.
     """
+    if isinstance(x, Product):
+        _check_leading(rank, svd)
+        return thin_triples(x, roundoff(x.dtype), rank)
+    check_finite(x)
+    u, s, v = padded_leading(x, rank, svd, generator)
+    return trimmed(u), s[s > 0], trimmed(v)
+
+
+def padded_leading(x: Tensor, rank: Rank, svd: str, generator: RNGs) -> Triples:
+    """`leading_triples` of each matrix in x [..., m, n], padded with zeros to one k; finite x only."""
+    _check_leading(rank, svd)
+    x = widened(x)
+    if svd == "randomized":
+        return randomized_triples(x, direction_count(rank, min(x.shape[-2:])), generator)
+    return padded_triples(x, roundoff(x.dtype), rank)
+
+
+def _check_leading(rank: Rank | None, svd: str) -> None:
     check_known("svd", [svd], ("exact", "randomized"))
     if rank is None:
         raise MergeError("rank None does not fit here: give a count, a share or 'energy:0.85'")
-    if isinstance(x, Product):
-        return thin_triples(x, roundoff(x.dtype), rank)
-    x = widened(x)
-    if svd == "randomized":
-        return randomized_triples(x, direction_count(rank, min(x.shape)), generator)
-    return singular_triples(x, roundoff(x.dtype), rank)
 
 
 def polar_factor(x: Tensor, tol: float) -> Tensor:
-    """U V^T [m, c] of x [m, c] = U S V^T on its numerical range, in float64: the nearest partial isometry.
+    """U V^T [..., m, c] of x [..., m, c] = U S V^T on its numerical range, in float64.
 
-    Completing it to a full isometry would fill exactly the directions that PACT cleared.
+    It is the nearest partial isometry. Completing it to a full isometry would fill exactly the directions
+    that PACT cleared.
     """
-    u, _, v = singular_triples(x, tol)
+    u, _, v = padded_triples(x, tol)
     return u @ v.mT
 
 
-def span_basis(a: Tensor, tol: float) -> Tensor:
-    """Orthonormal basis [q, r] in float64 of the columns of a [q, c], by rank.
+def span_bases(a: Tensor, tol: float) -> Tensor:
+    """Orthonormal bases [..., q, r] in float64 of the columns of a [..., q, c], by rank, padded with zeros.
 
     Directions are kept whose singular values are above tol times the first. A reduced QR of a wide,
     rank-deficient matrix would return a complete basis, and the filter delete everything. A matrix of
     rounding size spans nothing.
     """
-    if a.norm() <= 1e-6:
-        return a[:, :0]
-    return singular_triples(a, max(tol, 1e-12))[0]
+    if a.shape[-1] == 0:
+        return a
+    basis = padded_triples(a, max(tol, 1e-12))[0]
+    counts = a.square().sum((-2, -1), keepdim=True) > 1e-12
+    return basis * counts
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """[x_1 .. x_T], [..., n, T k], of x [..., T, n, k]."""
+    return x.movedim(-3, -2).flatten(-2)
+
+
+def by_pieces(function: Callable[..., tuple[Tensor, ...]], *stacks: Tensor) -> tuple[Tensor, ...]:
+    """function(*stacks) for stacks [T, m, n], in pieces along T that keep what it needs meanwhile small.
+
+    Large matrices go one by one, as they would take memory for nothing; small ones together, since each
+    operation has its price, and groups [..., T, m, n], which are small, in one.
+    """
+    size = max(1, PIECE // max(1, *(x[0].numel() for x in stacks)))
+    if stacks[0].ndim > 3 or len(stacks[0]) <= size:
+        return function(*stacks)
+    pieces = [
+        function(*piece) for piece in zip(*(torch.split(x, size) for x in stacks), strict=True)
+    ]
+    return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
 
 
 def unit_tasks(D: Tensor) -> Tensor:
-    """D [T, m, n] in float64 with each task matrix of Frobenius norm 1; a zero one stays zero."""
-    norms = D.double().norm(dim=(1, 2), keepdim=True)
-    unit: Tensor = D.double() / norms.where(norms > 0, 1)
+    """D [..., T, m, n] in float64 with each task matrix of Frobenius norm 1; a zero one stays zero."""
+    wide = D.double()
+    norms = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
+    unit: Tensor = wide / norms.where(norms > 0, 1)
     return unit
 
 
@@ -439,7 +539,7 @@ class Walls:
     def union(self, j: int) -> Tensor:
         """Coordinates [q, p] of an orthonormal basis of the sum of all LBW subspaces but the j-th."""
         others = [self.core[:, :0], *self.bases[:j], *self.bases[j + 1 :]]
-        return span_basis(torch.cat(others, dim=1), self.tol)
+        return trimmed(span_bases(torch.cat(others, dim=1), self.tol))
 
     def shield(self, j: int) -> Tensor:
         """What task j must not touch: orthonormal basis [n, p] of the other tasks' LBW subspaces."""
@@ -461,8 +561,10 @@ def load_bearing_walls(
     Keywords and errors as in `pact`, which is short on top of this.
     """
     check_stack(D, W0)
+    check_finite(D)
     v0 = core_directions(W0, core, svd, generator)
-    return walls_between(v0, [leading_triples(d, task, svd, generator)[2] for d in D], tol)
+    updates = update_directions(D, task, svd, generator)
+    return walls_between(trimmed(v0), [trimmed(v) for v in updates], tol)
 
 
 def walls_between(v0: Tensor, updates: Sequence[Tensor], tol: float) -> Walls:
@@ -470,37 +572,65 @@ def walls_between(v0: Tensor, updates: Sequence[Tensor], tol: float) -> Walls:
 
     Raises MergeError unless 0 <= tol < 1.
     """
+    width = max((v.shape[1] for v in updates), default=0)
+    padded = [torch.nn.functional.pad(v, (0, width - v.shape[1])) for v in updates]
+    frame, bases = lbw_bases(v0, torch.stack(padded), tol)
+    own = tuple(frame.mT @ v for v in updates)
+    return Walls(frame, frame.mT @ v0, own, tuple(map(trimmed, bases)), tol)
+
+
+def lbw_bases(v0: Tensor, updates: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """A frame [..., n, q] and in it each task's LBW subspace [..., T, q, r], padded; `Walls` tells of what.
+
+    v0 is [..., n, K], updates [..., T, n, k], both orthonormal up to columns of zeros. Raises MergeError
+    unless 0 <= tol < 1.
+    """
     if not 0 <= tol < 1:
         raise MergeError(f"tol={tol} must satisfy 0 <= tol < 1")
-    frame = torch.linalg.qr(torch.cat([v0, *updates], dim=1)).Q
-    core, own = frame.mT @ v0, tuple(frame.mT @ v for v in updates)
-    bases = tuple(span_basis(core - v @ (v.mT @ core), tol) for v in own)
-    return Walls(frame, core, own, bases, tol)
+    frame = torch.linalg.qr(torch.cat([v0, side_by_side(updates)], dim=-1)).Q
+    core = (frame.mT @ v0).unsqueeze(-3)
+    own = frame.unsqueeze(-3).mT @ updates
+    return frame, span_bases(core - own @ (own.mT @ core), tol)
 
 
-def core_directions(W0: Tensor, core: Rank, svd: str, generator: RNG) -> Tensor:
-    """Leading right singular vectors of the pre-trained weight, V_0 [n, K] in float64.
+def unions_of_others(bases: Tensor, tol: float) -> Tensor:
+    """For each task the span [..., T, q, p] of all bases [..., T, q, r] but its own, padded."""
+    tasks = bases.shape[-3]
+    others = torch.arange(1, tasks).add(torch.arange(tasks).unsqueeze(1)).remainder(tasks)
+    chosen = bases.index_select(-3, others.flatten().to(bases.device))
+    chosen = chosen.view(*bases.shape[:-3], tasks, tasks - 1, *bases.shape[-2:])
+    return span_bases(side_by_side(chosen), tol)
 
-    Raises MergeError where W0 is zero, as it then has none.
+
+def core_directions(W0: Tensor, core: Rank, svd: str, generator: RNGs) -> Tensor:
+    """Leading right singular vectors of each pre-trained weight W0 [..., m, n]: V_0 [..., n, K], padded.
+
+    In float64. Raises MergeError where a weight is zero, as it then has none, or holds NaN or infinity.
     """
-    if core != 0 and not W0.any():
+    check_finite(W0)
+    if core != 0 and not bool(W0.flatten(-2).any(-1).all()):
         hint = "pass the weight itself, not a difference, or leave this tensor out (exclude, scope)"
         raise MergeError(f"the pre-trained weight is zero, so it has no core to protect: {hint}")
-    return leading_triples(W0, core, svd, generator)[2]
+    return padded_leading(W0, core, svd, generator)[2]
+
+
+def update_directions(D: Tensor, task: Rank, svd: str, generator: RNGs) -> Tensor:
+    """Leading right singular vectors of each task matrix D [..., T, m, n]: [..., T, n, k], padded."""
+    (found,) = by_pieces(lambda d: padded_leading(d, task, svd, generator)[2:], D)
+    return found
 
 
 def without_directions(x: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
-    """x - strength * x P P^T for x [m, n] and orthonormal P [n, p], in x's dtype."""
+    """x - strength * x P P^T for x [..., m, n] and orthonormal P [..., n, p], in x's dtype."""
     wide = widened(x)
     p = basis.to(wide)
-    cleared: Tensor = torch.addmm(wide, wide @ p, p.mT, alpha=-strength)
-    return cleared.to(x.dtype)
+    return (wide - strength * (wide @ p) @ p.mT).to(x.dtype)
 
 
 # ---- Purifiers: (W0, D) -> D or D -> D -----------------------------------------------------------
 
 
-@_method("purifier", "matrix", "Shi et al. 2026, arXiv 2606.18627", "base generator")
+@_method("purifier", "matrix", "Shi et al. 2026, arXiv 2606.18627", "base generator", batched=True)
 def pact(
     W0: Tensor,
     D: Tensor,
@@ -541,16 +671,20 @@ def pact(
     check_stack(D, W0)
     if not 0 <= strength <= 1:
         raise MergeError(f"strength={strength}: must lie between 0 and 1")
-    if len(D) == 1 or strength == 0:
+    if D.shape[-3] == 1 or strength == 0:
         return D.clone()
-    walls = load_bearing_walls(W0, D, core=core, task=task, tol=tol, svd=svd, generator=generator)
-    filtered = torch.empty_like(D)
-    for j, d in enumerate(D):
-        filtered[j] = without_directions(d, walls.shield(j), strength)
-    return filtered
+    check_finite(D)
+    v0 = core_directions(W0, core, svd, generator)
+    frame, bases = lbw_bases(v0, update_directions(D, task, svd, generator), tol)
+
+    def filtered(d: Tensor, union: Tensor) -> tuple[Tensor]:
+        around = frame if d.ndim == 3 else frame.unsqueeze(-3)
+        return (without_directions(d, around @ union, strength),)
+
+    return by_pieces(filtered, D, unions_of_others(bases, tol))[0]
 
 
-@_method("purifier", "matrix", "Shi et al. 2026, arXiv 2606.18627", "base generator")
+@_method("purifier", "matrix", "Shi et al. 2026, arXiv 2606.18627", "base generator", batched=True)
 def sift(
     W0: Tensor, D: Tensor, *, core: Rank = 0.05, svd: str = "exact", generator: RNG = None
 ) -> Tensor:
@@ -561,7 +695,7 @@ def sift(
     """
     check_stack(D, W0)
     v0 = core_directions(W0, core, svd, generator)
-    return torch.stack([without_directions(d, v0, 1.0) for d in D])
+    return without_directions(D, v0.unsqueeze(-3))
 
 
 @_method("purifier", "tensor", "Yu et al. 2024, arXiv 2311.03099", "generators")
@@ -589,7 +723,7 @@ def dare(
     return kept.div_(1 - p) if rescale else kept
 
 
-@_method("purifier", "matrix", "minipact, unpublished")
+@_method("purifier", "matrix", "minipact, unpublished", batched=True)
 def wiener(D: Tensor, *, claims: float = 30.0, ridge: float = 1.0, side: str = "both") -> Tensor:
     """A Wiener filter: weigh what each task needs against what the others claim, on both sides.
 
@@ -618,15 +752,18 @@ def wiener(D: Tensor, *, claims: float = 30.0, ridge: float = 1.0, side: str = "
     check_finite(D)
     check_known("side", [side], ("both", "output", "input"))
     _check_weights(claims, ridge)
-    if len(D) == 1 or claims == 0:
+    if D.shape[-3] == 1 or claims == 0:
         return D.clone()
-    unit, filtered = unit_tasks(D), torch.empty_like(D)
-    nothing = [None] * len(D)
-    left = _claimed_seats(unit, ridge) if side != "input" else nothing
-    right = _claimed_seats(unit.mT, ridge) if side != "output" else nothing
-    for j, (rows, columns) in enumerate(zip(left, right, strict=True)):
-        filtered[j] = _given_way(D[j].double(), claims, rows, columns)
-    return filtered
+    unit, tasks = unit_tasks(D), D.shape[-3]
+    totals = [x @ x.mT for x in (side_by_side(unit), side_by_side(unit.mT))]
+
+    def filtered(d: Tensor, x: Tensor) -> tuple[Tensor]:
+        around = [total if d.ndim == 3 else total.unsqueeze(-3) for total in totals]
+        rows = _claimed_seats(x, around[0], tasks, ridge) if side != "input" else None
+        columns = _claimed_seats(x.mT, around[1], tasks, ridge) if side != "output" else None
+        return (_given_way(d.double(), claims, rows, columns).to(D.dtype),)
+
+    return by_pieces(filtered, D, unit)[0]
 
 
 def _check_weights(claims: float, ridge: float) -> None:
@@ -638,20 +775,19 @@ def _check_weights(claims: float, ridge: float) -> None:
         raise MergeError(f"ridge={ridge} must be above 0: {hint}")
 
 
-def _claimed_seats(unit: Tensor, ridge: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each of the tasks [T, m, n] of norm 1, e [m] and Q [m, m] with A = Q^T Q, B = Q^T diag(e) Q."""
-    size = unit.shape[1]
-    total = sum(x @ x.mT for x in unit)
-    for x in unit:
-        own = size * x @ x.mT
-        others = (size * total - own) / (len(unit) - 1)
-        own.diagonal().add_(ridge)
-        lower = torch.linalg.cholesky(own)
-        half = torch.linalg.solve_triangular(lower, others, upper=False)
-        values, vectors = torch.linalg.eigh(
-            torch.linalg.solve_triangular(lower, half.mT, upper=False)
-        )
-        yield values, (lower @ vectors).mT
+def _claimed_seats(unit: Tensor, total: Tensor, tasks: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """For task matrices [..., m, n] of norm 1, e [..., m] and Q [..., m, m]: A = Q^T Q, B = Q^T diag(e) Q.
+
+    `total` is the sum of unit @ unit^T over all tasks.
+    """
+    size = unit.shape[-2]
+    own = size * unit @ unit.mT
+    others = (size * total - own) / (tasks - 1)
+    own.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    lower = torch.linalg.cholesky(own)
+    half = torch.linalg.solve_triangular(lower, others, upper=False)
+    values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(lower, half.mT, upper=False))
+    return values, (lower @ vectors).mT
 
 
 def _given_way(
@@ -660,13 +796,13 @@ def _given_way(
     rows: tuple[Tensor, Tensor] | None,
     columns: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """The X [m, n] of `wiener` for one task; None is a side that is left out."""
+    """The X [..., m, n] of `wiener` for d of this shape; None is a side that is left out."""
     factor = torch.full_like(d, claims)
     if rows:
-        factor *= rows[0].unsqueeze(1)
+        factor = factor * rows[0].unsqueeze(-1)
         d = rows[1] @ d
     if columns:
-        factor *= columns[0]
+        factor = factor * columns[0].unsqueeze(-2)
         d = d @ columns[1].mT
     d = d / (1 + factor)
     if rows:
@@ -812,7 +948,14 @@ def ties(
     return total / (agreeing != 0).sum(0).clamp(min=1)
 
 
-@_method("rule", "matrix", "Gargiulo et al. 2025, arXiv 2412.00081", "generator factors", any=1.0)
+@_method(
+    "rule",
+    "matrix",
+    "Gargiulo et al. 2025, arXiv 2412.00081",
+    "generator factors",
+    batched=True,
+    any=1.0,
+)
 def tsv_m(
     D: Tensor | Products, *, rank: Rank | None = None, svd: str = "exact", generator: RNG = None
 ) -> Tensor:
@@ -827,16 +970,22 @@ def tsv_m(
     finite stack of matrices and the options fit.
     """
     check_stack(D)
-    k = max(1, min(D.shape[1:]) // len(D)) if rank is None else rank
-    triples = [leading_triples(d, k, svd, generator) for d in D]
-    u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True))
+    k = max(1, min(D.shape[-2:]) // D.shape[-3]) if rank is None else rank
+    if isinstance(D, Products):
+        triples = [leading_triples(d, k, svd, generator) for d in D]
+        u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True))
+    else:
+        check_finite(D)
+        u, s, v = by_pieces(lambda d: padded_leading(d, k, svd, generator), D)
+        u, v = side_by_side(u), side_by_side(v)
+        s = s.flatten(-2)
     tol = roundoff(D.dtype)
     wide = torch.promote_types(D.dtype, torch.float32)
     left, right = (polar_factor(x, tol).to(wide) for x in (u, v))
-    return (left * s.to(left) @ right.mT).to(D.dtype)
+    return (left * s.to(left).unsqueeze(-2) @ right.mT).to(D.dtype)
 
 
-@_method("rule", "matrix", "Marczak et al. 2025, arXiv 2502.04959", any=1.3)
+@_method("rule", "matrix", "Marczak et al. 2025, arXiv 2502.04959", batched=True, any=1.3)
 def iso_c(D: Tensor, *, mean_over: str = "all") -> Tensor:
     """Iso-C: give every singular direction of the summed task matrices their mean singular value.
 
@@ -844,11 +993,12 @@ def iso_c(D: Tensor, *, mean_over: str = "all") -> Tensor:
     published, "range" over the numerical rank. Source: Marczak et al. 2025, section 4.1.
     """
     check_stack(D)
-    u, s, v = singular_triples(widened(D).sum(0), roundoff(D.dtype))
+    check_finite(D)
+    u, s, v = padded_triples(widened(D).sum(-3), roundoff(D.dtype))
     return (_mean_singular_value(s, D, mean_over) * (u @ v.mT)).to(D.dtype)
 
 
-@_method("rule", "matrix", "Marczak et al. 2025, arXiv 2502.04959", any=1.5)
+@_method("rule", "matrix", "Marczak et al. 2025, arXiv 2502.04959", batched=True, any=1.5)
 def iso_cts(D: Tensor, common: float = 0.8, *, mean_over: str = "all") -> Tensor:
     """Iso-CTS: Iso-C on a common subspace plus each task's own leading directions outside of it.
 
@@ -859,12 +1009,19 @@ def iso_cts(D: Tensor, common: float = 0.8, *, mean_over: str = "all") -> Tensor
     check_stack(D)
     if not 0 < common <= 1:
         raise MergeError(f"common={common} must satisfy 0 < common <= 1")
-    size, tol = min(D.shape[1:]), roundoff(D.dtype)
+    check_finite(D)
+    size, tasks, tol = min(D.shape[-2:]), D.shape[-3], roundoff(D.dtype)
     stack = widened(D)
-    own = min(round((size - int(size * common)) / len(D)), (size - 1) // len(D))
-    shared = singular_triples(stack.sum(0), tol, size - own * len(D))
-    residuals = (_own_directions(d.double(), shared[0], own, tol) for d in stack)
-    u, s, v = (torch.cat(parts, dim=-1) for parts in zip(shared, *residuals, strict=True))
+    own = min(round((size - int(size * common)) / tasks), (size - 1) // tasks)
+    shared = padded_triples(stack.sum(-3), tol, size - own * tasks)
+
+    def apart(d: Tensor) -> Triples:
+        around = shared[0] if d.ndim == 3 else shared[0].unsqueeze(-3)
+        return _own_directions(d.double(), around, own, tol)
+
+    u, s, v = by_pieces(apart, stack)
+    u, v = (torch.cat([x, side_by_side(y)], -1) for x, y in ((shared[0], u), (shared[2], v)))
+    s = torch.cat([shared[1], s.flatten(-2)], -1)
     merged = _mean_singular_value(s, D, mean_over) * (
         polar_factor(u, tol) @ polar_factor(v, tol).mT
     )
@@ -872,18 +1029,23 @@ def iso_cts(D: Tensor, common: float = 0.8, *, mean_over: str = "all") -> Tensor
 
 
 def _own_directions(d: Tensor, common: Tensor, count: int, tol: float) -> Triples:
-    """Leading triples of d outside the common left directions; below tol * ||d|| all is rounding."""
-    u, s, v = singular_triples(d - common @ (common.mT @ d), tol, count)
-    count = int((s > tol * d.norm()).sum())
-    return u[:, :count], s[:count], v[:, :count]
+    """Leading triples of d [..., m, n] outside common left directions; below tol ||d|| is rounding."""
+    u, s, v = padded_triples(d - common @ (common.mT @ d), tol, count)
+    kept = s > tol * torch.linalg.vector_norm(d, dim=(-2, -1)).unsqueeze(-1)
+    return u * kept.unsqueeze(-2), s * kept, v * kept.unsqueeze(-2)
 
 
 def _mean_singular_value(s: Tensor, D: Tensor, mean_over: str) -> Tensor:
+    """Mean [..., 1, 1] of the singular values s [..., k], padded with zeros."""
     check_known("mean_over", [mean_over], ("all", "range"))
-    return s.sum() / (min(D.shape[1:]) if mean_over == "all" else max(1, len(s)))
+    total = s.sum(-1)
+    mean = total / min(D.shape[-2:])
+    if mean_over == "range":
+        mean = total / (s > 0).sum(-1).clamp(min=1)
+    return mean[..., None, None]
 
 
-@_method("rule", "matrix", "Cheng et al. 2025, arXiv 2503.08099", sided=True, any=1.0)
+@_method("rule", "matrix", "Cheng et al. 2025, arXiv 2503.08099", sided=True, batched=True, any=1.0)
 def wudi(D: Tensor, *, ridge: float = 1e-3) -> Tensor:
     """WUDI: do on each task's own inputs, for which its update stands, what that update does.
 
@@ -904,16 +1066,17 @@ def wudi(D: Tensor, *, ridge: float = 1e-3) -> Tensor:
     if ridge != 0 and not 1e-9 <= ridge < math.inf:
         hint = "give 0 for the pseudo-inverse, or a positive number such as 1e-3"
         raise MergeError(f"ridge={ridge} must be 0, or from 1e-9 on: {hint}")
-    if is_zero(D):
-        return torch.zeros_like(D[0])
     unit = unit_tasks(D)
-    rows = unit.flatten(0, 1)  # [T m, n]
-    targets = (unit @ D.double().mT).flatten(0, 1)  # [T m, m]: rows M^T = targets is to hold
+    rows = unit.flatten(-3, -2)  # [..., T m, n]
+    targets = (unit @ D.double().mT).flatten(-3, -2)  # [..., T m, m]: rows M^T = targets is to hold
     if ridge == 0:
-        u, s, v = singular_triples(rows, roundoff(D.dtype))
-        return (targets.mT @ u / s @ v.mT).to(D.dtype)
+        u, s, v = padded_triples(rows, roundoff(D.dtype))
+        inverse = torch.where(s > 0, 1 / s, 0).unsqueeze(-2)
+        return ((targets.mT @ u * inverse) @ v.mT).to(D.dtype)
     gram = rows.mT @ rows
-    gram.diagonal().add_(ridge * gram.trace() / len(gram))
+    trace = rows.square().sum((-2, -1)) / gram.shape[-1]
+    load = ridge * trace.where(trace > 0, 1)
+    gram.diagonal(dim1=-2, dim2=-1).add_(load.unsqueeze(-1))
     merged: Tensor = torch.linalg.solve(gram, targets.mT @ rows, left=False)
     return merged.to(D.dtype)
 

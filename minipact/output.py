@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,6 +52,7 @@ def parse_size(text: str | int) -> int:
     return size
 
 
+_BETWEEN_FLUSHES = 0.1  # seconds; each takes some milliseconds, however small the tensors are
 # Endings of files, where a folder of that name would surprise.
 _OTHERS = (".safetensors", ".gguf", ".onnx", ".h5", ".json", ".npz")
 
@@ -152,6 +154,7 @@ class Output:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="to-disk")
         self._fresh: list[str] = []
         self._syncing: Future[None] | None = None
+        self._next_sync = 0.0
 
     def start(self, recipe: Mapping[str, Any] | None = None, resume: bool = False) -> set[str]:
         """Lock and lay out the unfinished output; by one process only, before anyone writes.
@@ -201,8 +204,9 @@ class Output:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         _write_at(self._handle(shard.file), shard.starts[name], flat.view(torch.uint8).numpy().data)
         self._fresh.append(name)
-        if self._syncing is None or self._syncing.done():
+        if time.monotonic() >= self._next_sync and (self._syncing is None or self._syncing.done()):
             self._sync()
+            self._next_sync = time.monotonic() + _BETWEEN_FLUSHES
 
     def settle(self) -> None:
         """Wait until everything written by this process is on the disk and in the journal."""

@@ -40,6 +40,7 @@ _KINDS = (
     (r"(.+)\.W_q", Packing("HQQ", "unpack it with dequantize() of its HQQ layers")),
     (r"(.+)\.weight\._(data|scale)", Packing("quanto", "unpack it with dequantize() of its weights")),
 )  # fmt: skip
+_ANY = re.compile("|".join(pattern.replace("(.+)", ".+", 1) for pattern, _ in _KINDS))
 _BLOCKS = re.compile(r"(.+)_(blocks|scales)")  # of whole numbers only
 _MXFP4 = Packing("MXFP4", _CONFIGURED.format("Mxfp4Config"))
 
@@ -47,8 +48,9 @@ _MXFP4 = Packing("MXFP4", _CONFIGURED.format("Mxfp4Config"))
 def packings(state: State) -> dict[str, Packing]:
     """Modules whose weights a tool has packed, and how."""
     found: dict[str, Packing] = {}
+    marked = [name for name in state if _ANY.fullmatch(name)]
     for pattern, packing in _KINDS:
-        for match in filter(None, (re.fullmatch(pattern, name) for name in state)):
+        for match in filter(None, (re.fullmatch(pattern, name) for name in marked)):
             found.setdefault(match[1], packing)
     for match in filter(None, map(_BLOCKS.fullmatch, state)):
         if meta_of(state, match[0]).dtype == torch.uint8:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from minipact.errors import MergeError
 from minipact.low_rank import Product, Products
@@ -26,30 +27,53 @@ def meta_of(state: State, name: str) -> Tensor:
 def add_update(
     name: str, base: Tensor, delta: Tensor | None, factor: float, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """base + factor * delta in a wide type, then in dtype; a copy of the base without a delta.
+    """base + factor * delta in a wide type, then in dtype, on the CPU; a copy of the base without a delta.
 
     dtype None, and any for integers, is the base's. Raises MergeError, naming the tensor, where the result
     overflows.
     """
+    return rounded_update(name, base, delta, factor, dtype)[0]
+
+
+@torch.no_grad()
+def rounded_update(
+    name: str, base: Tensor, delta: Tensor | None, factor: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, float, float]:
+    """`add_update`, and squared norms of what rounding to a half type adds, and of factor * delta.
+
+    Both are 0 where the result is of a wider type, or a copy.
+    """
     if dtype is None or not base.is_floating_point():
         dtype = base.dtype
+    noise = signal = 0.0
     if delta is None or factor == 0:
         merged = base.to(dtype, copy=True)
     else:
-        merged = torch.empty(base.shape, dtype=dtype, device=delta.device)
+        merged, norm = torch.empty(base.shape, dtype=dtype, device=delta.device), vector_norm
+        is_half = dtype.is_floating_point and dtype.itemsize < 4
         pieces = (in_pieces(x, delta.device) for x in (merged, base, delta))
         for out, x, d in zip(*pieces, strict=True):
-            out.copy_(torch.add(x.to(d), d, alpha=factor))
+            exact = torch.add(x.to(d), d, alpha=factor)
+            out.copy_(exact)
+            if is_half:
+                noise += float(norm(exact.sub_(out.to(d)), dtype=torch.float64)) ** 2
+                signal += float(norm(d, dtype=torch.float64)) ** 2
+    merged = merged.cpu()  # before the check, which would wait for the device
     if not is_finite(merged) and is_finite(base):
         hint = "check the base, take a smaller scale or a wider dtype"
         raise MergeError(f"tensor '{name}' of the result overflows {merged.dtype}: {hint}")
-    return merged
+    return merged, noise, signal * factor**2
+
+
+_PIECE = 1 << 16  # entries; several tasks' pieces then fit into a core's cache together
 
 
 def in_pieces(x: Tensor, device: Device) -> Sequence[Tensor]:
     """The entries in pieces that fit into the cache where a CPU does the work, else in one."""
-    size = 1 << 18 if torch.device(device).type == "cpu" else max(1, x.numel())
-    return torch.split(x.flatten(), size)
+    flat = x.flatten()
+    if flat.numel() <= _PIECE or torch.device(device).type != "cpu":
+        return [flat]
+    return flat.split(_PIECE)
 
 
 def task_matrices(
