@@ -20,7 +20,6 @@ from collections.abc import (
     MutableMapping,
     Sequence,
 )
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Lock
@@ -34,13 +33,13 @@ import minipact.per_task
 import minipact.training
 import minipact.whole_vector  # noqa: F401  all enter their methods into the registry
 from minipact.alignment import Aligned, aligned, is_packed, other_numbers, refuse_disagreement
+from minipact.calls import Calls, added
 from minipact.errors import MergeError, listing
-from minipact.groups import GROUP, Group, Waiting, group_matrices, groups_of, zero_parts
-from minipact.low_rank import Product, Products, expanded
+from minipact.groups import Group, Waiting, group_matrices, groups_of, zero_parts
+from minipact.low_rank import Product, expanded
 from minipact.methods import (
     FACTORS,
     Measure,
-    Method,
     Options,
     is_built_in,
     is_finite,
@@ -94,7 +93,6 @@ from minipact.tensors import (
     is_unchanged,
     meta_of,
     task_blocks,
-    task_factors,
     task_matrices,
 )
 
@@ -203,6 +201,15 @@ class Merged(Mapping[str, Tensor]):
         uses = applied_methods(given, self.base)
         check_chain(uses, given.weights or {})
         self._uses, lacking = with_statistics(uses, self._statistics, self.base, self._kinds)
+        self._calls = Calls(
+            self.base,
+            self.tasks,
+            models.holders,
+            given.weights or {},
+            self._statistics,
+            seed,
+            device,
+        )
         found, notes = decided_scale(given.scale, self._uses, len(self.tasks))
         self.notes = (*models.notes, *lacking, *notes)
         self._vectors = given.vectors
@@ -247,7 +254,11 @@ class Merged(Mapping[str, Tensor]):
 
     def prefetch(self, name: str) -> None:
         """Have those models fetch a tensor in the background that can, and are needed for it."""
-        states = [self.base, *self._holding(name).values()] if self._computes(name) else [self.base]
+        states = (
+            [self.base, *self._calls.holding(name).values()]
+            if self._computes(name)
+            else [self.base]
+        )
         for state in states:
             if hasattr(state, "prefetch"):
                 state.prefetch(name)
@@ -359,7 +370,7 @@ class Merged(Mapping[str, Tensor]):
         """What tensors of one group have in common; None for one that is merged alone."""
         if step.rule == "copy" or step.kind.startswith("stack") or step.entries == 0:
             return None
-        models = [self.base, *self._holding(step.name).values()]
+        models = [self.base, *self._calls.holding(step.name).values()]
         if FACTORS in self._uses[-1].method.needs and any(hasattr(x, "factors") for x in models):
             return None
         types = tuple(meta_of(x, step.name).dtype for x in models)
@@ -410,13 +421,13 @@ class Merged(Mapping[str, Tensor]):
 
     def _computed(self, step: Step, answers: Answers) -> Tensor | Product | None:
         """The rule's result for one tensor, None where it is zero."""
-        factors = self._factors(step, self._uses[-1])
+        factors = self._calls.factors(self._uses[-1], step)
         if factors is not None:
-            return self._from_factors(step, factors, answers[-1])
+            return self._calls.from_factors(self._uses[-1], answers[-1], step, factors)
         plain = PLAIN.get(step.rule)
         rule, answer = self._uses[-1], answers[-1]
         by_entry = plain is not None or rule.takes_blocks(answer)
-        merge_block = plain or partial(self._call, rule, answer, step)
+        merge_block = plain or partial(self._calls.on_tensor, rule, answer, step)
         parts = map(merge_block, self._task_matrices(step, self._uses[:-1], answers, by_entry))
         delta = next(parts)
         if delta.numel() < step.entries:
@@ -433,10 +444,10 @@ class Merged(Mapping[str, Tensor]):
             return
         acting = self._acting(step, purifiers, answers)
         whole = not (by_entry and all(use.takes_blocks(answer) for use, answer in acting))
-        tasks, weights = self._held_with_weights(step)
+        tasks, weights = self._calls.with_weights(step)
         for D in task_blocks(step.name, self.base, tasks, weights, self.device, whole=whole):
             for use, answer in acting:
-                D = self._call(use, answer, step, D)
+                D = self._calls.on_tensor(use, answer, step, D)
             yield D
 
     def _kept_of(self, step: Step, purifiers: Sequence[Applied]) -> Tensor | None:
@@ -451,12 +462,6 @@ class Merged(Mapping[str, Tensor]):
         """Those purifiers that act on a tensor, each with what its survey found."""
         pairs = zip(purifiers, answers, strict=False)
         return [(use, answer) for use, answer in pairs if use.name in step.purify]
-
-    def _held_with_weights(self, step: Step) -> tuple[dict[str, State], dict[str, float]]:
-        """The tasks that hold a tensor, and their weights."""
-        tasks = self._holding(step.name)
-        given = self.recipe.weights or {}
-        return tasks, {label: given.get(label, 1.0) for label in tasks}
 
     # -- several tensors at once -------------------------------------------------------------------
 
@@ -479,9 +484,9 @@ class Merged(Mapping[str, Tensor]):
         if plain is not None:
             merged = plain(D)
         elif rule.method.acts_on == "entries":
-            merged = self._by_entry(rule, answer, group, D)
+            merged = self._calls.by_entry(rule, answer, group, D)
         else:
-            merged = self._by_matrix(rule, answer, group, D)
+            merged = self._calls.by_matrix(rule, answer, group, D)
         sizes = [step.entries for step in group]
         flat = merged.flatten()
         parts = zip(group, torch.split(flat, sizes), zero_parts(flat, sizes), strict=True)
@@ -495,7 +500,7 @@ class Merged(Mapping[str, Tensor]):
         if kept is not None:
             return kept
         names = [step.name for step in group]
-        tasks, weights = self._held_with_weights(group[0])
+        tasks, weights = self._calls.with_weights(group[0])
         origin, D = group_matrices(names, self.base, tasks, weights, self.device)
         if not is_finite(D):
             for name in names:  # the one that holds it says so
@@ -505,208 +510,10 @@ class Merged(Mapping[str, Tensor]):
         W0 = origin.to(D).view(D.shape[1:])
         for use, answer in self._acting(group[0], purifiers, answers):
             if use.method.acts_on == "entries":
-                D = self._by_entry(use, answer, group, D)
+                D = self._calls.by_entry(use, answer, group, D)
             else:
-                D = self._by_matrix(use, answer, group, D, W0)
+                D = self._calls.by_matrix(use, answer, group, D, W0)
         return D
-
-    @torch.no_grad()
-    def _by_entry(self, use: Applied, answer: dict[str, Tensor], group: Group, D: Tensor) -> Tensor:
-        """Run a method that looks at entries on a group."""
-        if not use.takes_blocks(answer):
-            return self._one_by_one(use, answer, group, D)
-        with _blaming(group[0], use):
-            found = use.method.function(D, **self._keywords(use, group[0]), **answer)
-            expected = D if use.method.kind == "purifier" else D[0]
-            return _checked(found, expected, use.method)
-
-    @torch.no_grad()
-    def _by_matrix(
-        self, use: Applied, answer: dict[str, Tensor], group: Group, D: Tensor,
-        W0: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Run a method that looks at matrices, or whole tensors, on a group, D [T, G, ...]."""
-        if not use.method.batched or not bool(D.transpose(0, 1).flatten(1).any(1).all()):
-            return self._one_by_one(use, answer, group, D)  # which lets zeros be
-        turned = use.sees_transposed(group[0].kind)
-        given = D.transpose(0, 1)
-        inputs = [given.mT if turned else given]
-        if W0 is not None and "base" in use.method.needs:
-            inputs.insert(0, W0.mT if turned else W0)
-        keywords: dict[str, Any] = use.clipped(group[0].shape)
-        if "generator" in use.method.needs:
-            seed = self.recipe.seed
-            keywords["generator"] = [named_generator(seed, step.name) for step in group]
-        try:
-            found = _checked_group(
-                use.method.function(*inputs, **keywords, **answer), inputs[-1], use
-            )
-        except MergeError:
-            return self._one_by_one(use, answer, group, D)  # which names the tensor
-        found = found.mT if turned else found
-        return found.transpose(0, 1) if use.method.kind == "purifier" else found
-
-    def _one_by_one(
-        self, use: Applied, answer: dict[str, Tensor], group: Group, D: Tensor
-    ) -> Tensor:
-        """Run a method on the tensors of a group for themselves; the result is as of all at once."""
-        sizes = [step.entries for step in group]
-        parts = zip(group, torch.split(D.flatten(1), sizes, 1), strict=True)
-        found = [self._call(use, answer, step, x.view(-1, *step.shape)) for step, x in parts]
-        purifies = use.method.kind == "purifier"
-        flat = torch.cat([x.reshape(len(D), -1) if purifies else x.flatten() for x in found], -1)
-        return flat.view(D.shape if purifies else D.shape[1:])
-
-    # -- one tensor --------------------------------------------------------------------------------
-
-    def _factors(self, step: Step, use: Applied) -> Products | None:
-        """D [T, m, n] of one tensor as factors, for a rule that takes them, where all tasks have some."""
-        takes = use.name == step.rule and FACTORS in use.method.needs and not step.purify
-        if not takes or not step.kind.startswith("matrix"):
-            return None
-        tasks, weights = self._held_with_weights(step)
-        return task_factors(step.name, self.base, tasks, weights, self.device)
-
-    @torch.no_grad()
-    def _from_factors(
-        self, step: Step, D: Products, answer: dict[str, Tensor]
-    ) -> Tensor | Product | None:
-        """The rule's result from the factors of all tasks, None where these are of rank 0."""
-        if all(d.rank == 0 for d in D):
-            return None
-        use = self._uses[-1]
-        turned = use.sees_transposed(step.kind)
-        keywords = self._keywords(use, step)
-        given = D.mT if turned else D
-        with _blaming(step, use):
-            result: Any = use.method.function(given, **keywords, **answer)
-            if not isinstance(result, Product):
-                result = _checked(result, given[0].empty(), use.method)
-        found: Tensor | Product = result.mT if turned else result
-        return found
-
-    @torch.no_grad()
-    def _call(self, use: Applied, answer: dict[str, Tensor], step: Step, D: Tensor) -> Tensor:
-        """Run one purifier or rule on one tensor."""
-        purifies = use.method.kind == "purifier"
-        if use.method.acts_on == "matrix" and is_zero(D):
-            return D if purifies else D[0]
-        inputs, keywords = self._arguments(use, step, D)
-        if use.sees_slices(step.kind) and use.method.batched:
-            result = self._of_stack(use, answer, step, inputs, keywords)
-        elif use.sees_slices(step.kind):
-            parts = [
-                self._of_slice(use, answer, step, inputs, keywords, e) for e in range(step.shape[0])
-            ]
-            result = torch.stack(parts, dim=-3)
-        else:
-            result = self._result(use, answer, step, inputs, keywords)
-        return result.mT if use.sees_transposed(step.kind) else result
-
-    def _of_stack(
-        self,
-        use: Applied,
-        answer: dict[str, Tensor],
-        step: Step,
-        inputs: list[Tensor],
-        keywords: dict[str, Any],
-    ) -> Tensor:
-        """Run a method for matrices on a stack [..., E, m, n], as many at once as a group may have."""
-        size = max(1, GROUP // (sum(x.numel() for x in inputs) // step.shape[0]))
-        pieces = list(zip(*(torch.split(x, size, -3) for x in inputs), strict=True))
-        several: dict[str, Any] = dict(keywords)
-        found = []
-        for number, piece in enumerate(pieces):
-            D = piece[-1].transpose(0, 1)
-            if "generator" in keywords:
-                several["generator"] = [keywords["generator"]] * len(D)
-            if len(D) > 1 and bool(D.flatten(1).any(1).all()):
-                with _blaming(step, use):
-                    result = use.method.function(*piece[:-1], D, **several, **answer)
-                    result = _checked_group(result, D, use)
-                purifies = use.method.kind == "purifier"
-                found.append(result.transpose(0, 1) if purifies else result)
-                continue
-            each = range(number * size, number * size + len(D))
-            parts = [self._of_slice(use, answer, step, inputs, keywords, e) for e in each]
-            found.append(torch.stack(parts, dim=-3))
-        return torch.cat(found, dim=-3)
-
-    def _of_slice(
-        self,
-        use: Applied,
-        answer: dict[str, Tensor],
-        step: Step,
-        inputs: list[Tensor],
-        keywords: dict[str, Any],
-        number: int,
-    ) -> Tensor:
-        """Run a method for matrices on one slice of a stack [..., E, m, n]."""
-        given = [_slice(x, number) for x in inputs]
-        if is_zero(given[-1]):
-            nothing: Tensor = given[-1] if use.method.kind == "purifier" else given[-1][0]
-            return nothing
-        named = {name: _slice(x, number) for name, x in keywords.items()}
-        return self._result(use, answer, step, given, named)
-
-    def _result(
-        self,
-        use: Applied,
-        answer: dict[str, Tensor],
-        step: Step,
-        inputs: list[Tensor],
-        keywords: dict[str, Any],
-    ) -> Tensor:
-        """What a method returns, checked."""
-        given = inputs[-1]
-        expected = given if use.method.kind == "purifier" else given[0]
-        with _blaming(step, use):
-            result = use.method.function(*inputs, **keywords, **answer)
-            checked = _checked(result, expected, use.method)
-        return checked
-
-    def _arguments(
-        self, use: Applied, step: Step, D: Tensor
-    ) -> tuple[list[Tensor], dict[str, Any]]:
-        """What a method needs for one tensor: D, perhaps behind W0, and its options; see `Method.needs`."""
-        keywords = self._keywords(use, step)
-        inputs = [D]
-        if "base" in use.method.needs:  # a copy for functions of strangers, who might change it
-            inputs.insert(0, self.base[step.name].to(D, copy=not is_built_in(use.method)))
-        if use.sees_transposed(step.kind):
-            inputs = [x.mT for x in inputs]
-        return inputs, keywords | self._tuned(use, step, D) | self._statistics_of(use, step.name, D)
-
-    def _keywords(self, use: Applied, step: Step) -> dict[str, Any]:
-        """A method's options for one tensor, and its random numbers."""
-        needs, seed = use.method.needs, self.recipe.seed
-        keywords: dict[str, Any] = use.clipped(step.shape[-2:])
-        if "generator" in needs:
-            keywords["generator"] = named_generator(seed, step.name)
-        if "generators" in needs:
-            per_task = [named_generator(seed, task, step.name) for task in self._holding(step.name)]
-            keywords["generator"] = per_task
-        return keywords
-
-    def _tuned(self, use: Applied, step: Step, D: Tensor) -> dict[str, Tensor]:
-        """The fine-tuned weights [T, ...] of one tensor, as the method sees D, where it needs them."""
-        if "tuned" not in use.method.needs:
-            return {}
-        tuned = self._holding(step.name).values()
-        found = torch.stack([task[step.name].to(D) for task in tuned])
-        return {"tuned": found.mT if use.sees_transposed(step.kind) else found}
-
-    def _statistics_of(self, use: Applied, name: str, D: Tensor) -> dict[str, Tensor]:
-        """The statistics [T, ...] that a method needs for one tensor, by kind, in D's type."""
-        found = {}
-        labels = list(self._holding(name))
-        for kind in use.statistics:
-            states = [self._statistics[kind][label] for label in labels]
-            found[kind] = torch.stack([state[name].to(D) for state in states])
-            bad = [x for x, own in zip(labels, found[kind], strict=True) if not is_finite(own)]
-            if bad:
-                raise MergeError(f"{kind} of '{name}', task '{bad[0]}', holds NaN or infinity")
-        return found
 
     def _survey(self, use: Applied, answers: Answers, part: _Part) -> dict[str, Tensor]:
         """What a method asks of the whole model, behind the purifiers before it; see `Method.survey`."""
@@ -752,22 +559,22 @@ class Merged(Mapping[str, Tensor]):
         found = [item for one in part.gather(share) for item in one.items()]
         if not found:
             raise MergeError(f"{use.name} finds no tensor to look at in a first pass: see names")
-        return _added(value for _, value in sorted(found, key=lambda item: item[0]))
+        return added(value for _, value in sorted(found, key=lambda item: item[0]))
 
     def _look(
         self, measure: Measure, use: Applied, answers: Answers, step: Step, keeps: bool
     ) -> Tensor:
         """measure(D) of one tensor behind the purifiers before the method that asks."""
         before = self._uses[: len(answers)]
-        factors = self._factors(step, use)
+        factors = self._calls.factors(use, step)
         if factors is not None:
-            return self._measured(measure, use, step, factors)
+            return self._calls.measured(measure, use, step, factors)
         blocks = self._task_matrices(step, before, answers, use.looks_at_entries)
         if keeps and step.spectral:
             (whole,) = blocks
             self._passes[self.recipe.vectors].purified[step.name] = whole
             blocks = iter([whole])
-        return _added(self._measured(measure, use, step, D) for D in blocks)
+        return added(self._calls.measured(measure, use, step, D) for D in blocks)
 
     def _look_at_group(
         self, measure: Measure, use: Applied, answers: Answers, group: Group, keeps: bool
@@ -780,24 +587,8 @@ class Merged(Mapping[str, Tensor]):
             return measure(D).cpu()
         sizes = [step.entries for step in group]
         parts = zip(group, torch.split(D.flatten(1), sizes, 1), strict=True)
-        return _added(
-            self._measured(measure, use, step, x.view(-1, *step.shape)) for step, x in parts
-        )
-
-    def _measured(self, measure: Measure, use: Applied, step: Step, D: Any) -> Tensor:
-        """measure(D) of one tensor, or of a block of it, with the statistics that it takes."""
-        if use.sees_transposed(step.kind):
-            D = D.mT
-        if isinstance(D, Products):
-            return measure(D).cpu()
-        given = self._statistics_of(use, step.name, D)
-        if "tuned" in parameters_of(measure):
-            given |= self._tuned(use, step, D)
-        if not use.sees_slices(step.kind):
-            return measure(D, **given).cpu()
-        return _added(
-            measure(_slice(D, e), **{kind: _slice(x, e) for kind, x in given.items()}).cpu()
-            for e in range(step.shape[0])
+        return added(
+            self._calls.measured(measure, use, step, x.view(-1, *step.shape)) for step, x in parts
         )
 
     def _keeps(self, use: Applied) -> bool:
@@ -818,15 +609,10 @@ class Merged(Mapping[str, Tensor]):
         what = f"{', '.join(slow)} runs once for each pass of {rule.name} over the model"
         return [f"{what}, as what it leaves is too much to keep in memory"]
 
-    def _holding(self, name: str) -> dict[str, State]:
-        """The tasks that hold a tensor: all but where missing="present" lets some lack it."""
-        labels = self._models.holders.get(name, tuple(self.tasks))
-        return {label: self.tasks[label] for label in labels}
-
     def _refuse_strangers(self) -> None:
         """Tensors that a merge cannot change must be alike where they cannot be made anew."""
         for name in self._models.taken:
-            refuse_disagreement(name, self._holding(name))
+            refuse_disagreement(name, self._calls.holding(name))
         fixed = [name for name, meta in self._metas.items() if is_packed(name, meta)]
         for name in filter(partial(is_selected, self.recipe), fixed):
             for label, task in self.tasks.items():
@@ -836,7 +622,7 @@ class Merged(Mapping[str, Tensor]):
     def _refuse_identical(self) -> None:
         merged = [step.name for step in self.steps.values() if step.rule != "copy"]
         for label, task in self.tasks.items():
-            held = [name for name in merged if label in self._holding(name)]
+            held = [name for name in merged if label in self._calls.holding(name)]
             if all(is_unchanged(task, name, self.base) for name in held):
                 hint = "leave it out, or check that the right files were given"
                 raise MergeError(f"task '{label}' equals the base in every tensor to merge: {hint}")
@@ -851,9 +637,9 @@ class Merged(Mapping[str, Tensor]):
         small.base, small.device = {"": base}, "cpu"
         small.tasks = {name: {"": x} for name, x in zip(self.tasks, tuned, strict=True)}
         small._models, small._metas = replace(self._models, taken=frozenset(), holders={}), {}
-        small.recipe = replace(self.recipe, weights=None)
         example: States = {name: {"": torch.eye(4)} for name in self.tasks}
-        small._statistics = {kind: example for kind in self._statistics}
+        statistics = {kind: example for kind in self._statistics}
+        small._calls = Calls(small.base, small.tasks, {}, {}, statistics, self.recipe.seed, "cpu")
         small.steps = {"": Step("", (4, 4), torch.float32, "matrix", purify, rule)}
         small._groups = {name: (step,) for name, step in small.steps.items()}
         small._passes = {self.recipe.vectors: _FirstPass()}
@@ -878,45 +664,6 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@contextmanager
-def _blaming(step: Step, use: Applied) -> Iterator[None]:
-    """Have errors of a method name it and the tensor."""
-    try:
-        yield
-    except MergeError as error:
-        raise MergeError(f"tensor '{step.name}', {use.name}: {error}") from error
-    except Exception as error:
-        if is_built_in(use.method) or "memory" in str(error):
-            raise
-        raise MergeError(f"tensor '{step.name}', {use.name} failed: {error!r}") from error
-
-
-def _checked(result: object, expected: Tensor, method: Method) -> Tensor:
-    """What a method returned, if it is a tensor of the expected shape; in the expected type."""
-    if not isinstance(result, Tensor) or not result.is_floating_point() or result.is_sparse:
-        kind = result.dtype if isinstance(result, Tensor) else type(result).__name__
-        raise MergeError(f"it returned {kind}, not a dense tensor of floating-point numbers")
-    if result.shape != expected.shape:
-        raise MergeError(f"it returned the shape {tuple(result.shape)} for {tuple(expected.shape)}")
-    if not is_built_in(method) and not is_finite(result):
-        raise MergeError("it returned NaN or infinity")
-    return result.to(expected)
-
-
-def _checked_group(result: Any, given: Tensor, use: Applied) -> Tensor:
-    """What a method of this package returned for a group D [G, T, m, n], in D's type."""
-    expected = given.shape if use.method.kind == "purifier" else given[:, 0].shape
-    if result.shape != expected:
-        raise MergeError(f"it returned the shape {tuple(result.shape)} for {tuple(expected)}")
-    found: Tensor = result.to(given)
-    return found
-
-
-def _slice(x: Any, number: int) -> Any:
-    """One matrix of a stack [..., E, m, n]; what is no tensor as it is."""
-    return x.select(-3, number) if isinstance(x, Tensor) else x
-
-
 def _joined(first: Tensor, parts: Iterable[Tensor], entries: int) -> Tensor:
     """One vector of so many entries from its parts."""
     whole = first.new_empty(entries)
@@ -925,15 +672,6 @@ def _joined(first: Tensor, parts: Iterable[Tensor], entries: int) -> Tensor:
         whole[end : end + len(part)] = part
         end += len(part)
     return whole
-
-
-def _added(values: Iterable[Tensor]) -> Tensor:
-    """Sum of one tensor or more; a new one where there are several."""
-    several = iter(values)
-    total = next(several)
-    for number, value in enumerate(several):
-        total = total.add_(value) if number else total.to_dense() + value
-    return total
 
 
 def merge(
