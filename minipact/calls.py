@@ -66,8 +66,15 @@ class Calls:
     # -- groups ------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def by_entry(self, use: Applied, answer: Answer, group: Group, D: Tensor) -> Tensor:
-        """Run a method that looks at entries on a group."""
+    def on_group(
+        self, use: Applied, answer: Answer, group: Group, D: Tensor, W0: Tensor | None = None
+    ) -> Tensor:
+        """Run one purifier or rule on a group: D [T, N], end to end, or [T, G, ...] of one shape, as W0."""
+        if use.method.acts_on == "entries":
+            return self._by_entry(use, answer, group, D)
+        return self._by_matrix(use, answer, group, D, W0)
+
+    def _by_entry(self, use: Applied, answer: Answer, group: Group, D: Tensor) -> Tensor:
         if not use.takes_blocks(answer):
             return self._one_by_one(use, answer, group, D)
         with _blaming(group[0], use):
@@ -75,12 +82,9 @@ class Calls:
             expected = D if use.method.kind == "purifier" else D[0]
             return _checked(found, expected, use.method)
 
-    @torch.no_grad()
-    def by_matrix(
-        self, use: Applied, answer: Answer, group: Group, D: Tensor,
-        W0: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Run a method that looks at matrices, or whole tensors, on a group, D [T, G, ...]."""
+    def _by_matrix(
+        self, use: Applied, answer: Answer, group: Group, D: Tensor, W0: Tensor | None
+    ) -> Tensor:
         if not use.method.batched or not bool(D.transpose(0, 1).flatten(1).any(1).all()):
             return self._one_by_one(use, answer, group, D)  # which lets zeros be
         turned = use.sees_transposed(group[0].kind)

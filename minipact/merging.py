@@ -400,13 +400,8 @@ class Merged(Mapping[str, Tensor]):
 
     def _merged_vector(self, step: Step) -> Tensor | None:
         found = self._passes[self.recipe.vectors]
-        group, answers = self._groups[step.name], found.answers or []
-
-        def compute() -> list[Tensor | None]:
-            if len(group) == 1:
-                return [self._expanded(step, answers)]
-            return self._in_memory(group, answers)
-
+        group = self._groups[step.name]
+        compute = partial(self._results, group, found.answers or [])
         if found.kept is None:
             return found.waiting.take(step.name, group, compute)
         if step.name not in found.kept:
@@ -415,9 +410,34 @@ class Merged(Mapping[str, Tensor]):
         kept = found.kept[step.name]
         return None if kept is None else kept.to(self.device)
 
-    def _expanded(self, step: Step, answers: Answers) -> Tensor | None:
-        delta = self._computed(step, answers)
-        return None if delta is None else expanded(delta)
+    def _results(self, group: Group, answers: Answers) -> list[Tensor | None]:
+        """The rule's results for the tensors of a group, None where one is zero.
+
+        Where the device has no memory for them, in halves, and a single one on the CPU.
+        """
+        try:
+            if len(group) > 1:
+                return self._group_vectors(group, answers)
+            delta = self._computed(group[0], answers)
+            return [None if delta is None else expanded(delta)]
+        except torch.OutOfMemoryError:
+            if len(group) > 1:
+                half = len(group) // 2
+                parts = (self._results(part, answers) for part in (group[:half], group[half:]))
+                return [x for part in parts for x in part]
+            if torch.device(self.device).type == "cpu":
+                raise
+            return self._on_the_cpu(group[0])._results(group, answers)
+
+    def _on_the_cpu(self, step: Step) -> Merged:
+        """The same merge for a tensor that the device has no memory for; said once."""
+        what = f"'{step.name}' and tensors like it are merged on the CPU"
+        note = f"{what}: {self.device} has no memory for them"
+        if not any("has no memory" in known for known in self.notes):
+            self.notes = (*self.notes, note)
+        other = copy.copy(self)
+        other.device, other._calls = "cpu", replace(self._calls, device="cpu")
+        return other
 
     def _computed(self, step: Step, answers: Answers) -> Tensor | Product | None:
         """The rule's result for one tensor, None where it is zero."""
@@ -465,28 +485,12 @@ class Merged(Mapping[str, Tensor]):
 
     # -- several tensors at once -------------------------------------------------------------------
 
-    def _in_memory(self, group: Group, answers: Answers) -> list[Tensor | None]:
-        """`_group_vectors`, in halves where the device has no memory for all."""
-        try:
-            return self._group_vectors(group, answers)
-        except torch.OutOfMemoryError:
-            if len(group) == 1:
-                raise
-            half = len(group) // 2
-            parts = [self._in_memory(part, answers) for part in (group[:half], group[half:])]
-            return [x for part in parts for x in part]
-
     def _group_vectors(self, group: Group, answers: Answers) -> list[Tensor | None]:
         """The rule's results for the tensors of a group, None where one is zero."""
         rule, answer = self._uses[-1], answers[-1]
         D = self._group_matrices(group, self._uses[:-1], answers)
         plain = PLAIN.get(group[0].rule)
-        if plain is not None:
-            merged = plain(D)
-        elif rule.method.acts_on == "entries":
-            merged = self._calls.by_entry(rule, answer, group, D)
-        else:
-            merged = self._calls.by_matrix(rule, answer, group, D)
+        merged = plain(D) if plain else self._calls.on_group(rule, answer, group, D)
         sizes = [step.entries for step in group]
         flat = merged.flatten()
         parts = zip(group, torch.split(flat, sizes), zero_parts(flat, sizes), strict=True)
@@ -509,10 +513,7 @@ class Merged(Mapping[str, Tensor]):
             D = D.view(len(D), len(group), *group[0].shape)
         W0 = origin.to(D).view(D.shape[1:])
         for use, answer in self._acting(group[0], purifiers, answers):
-            if use.method.acts_on == "entries":
-                D = self._calls.by_entry(use, answer, group, D)
-            else:
-                D = self._calls.by_matrix(use, answer, group, D, W0)
+            D = self._calls.on_group(use, answer, group, D, W0)
         return D
 
     def _survey(self, use: Applied, answers: Answers, part: _Part) -> dict[str, Tensor]:
@@ -570,7 +571,7 @@ class Merged(Mapping[str, Tensor]):
         if factors is not None:
             return self._calls.measured(measure, use, step, factors)
         blocks = self._task_matrices(step, before, answers, use.looks_at_entries)
-        if keeps and step.spectral:
+        if keeps and step.purify and step.spectral:
             (whole,) = blocks
             self._passes[self.recipe.vectors].purified[step.name] = whole
             blocks = iter([whole])
@@ -581,7 +582,7 @@ class Merged(Mapping[str, Tensor]):
     ) -> Tensor:
         """measure(D) of a group."""
         D = self._group_matrices(group, self._uses[: len(answers)], answers)
-        if keeps and group[0].spectral:
+        if keeps and group[0].purify and group[0].spectral:
             self._passes[self.recipe.vectors].purified[group[0].name] = D
         if use.looks_at_entries and "tuned" not in parameters_of(measure):
             return measure(D).cpu()
@@ -593,17 +594,18 @@ class Merged(Mapping[str, Tensor]):
 
     def _keeps(self, use: Applied) -> bool:
         """Whether the passes of the rule's survey keep what the purifiers leave, for the passes to come."""
-        if use is not self._uses[-1] or not any(
-            p.method.acts_on == "matrix" for p in self._uses[:-1]
-        ):
+        if use is not self._uses[-1] or not self._slow_purifiers():
             return False
         purified = [step for step in self.steps.values() if step.purify]
         return len(self.tasks) * sum(step.entries for step in purified) <= KEPT
 
+    def _slow_purifiers(self) -> list[str]:
+        """Names of the purifiers that look at matrices."""
+        return [use.name for use in self._uses[:-1] if use.method.acts_on == "matrix"]
+
     def _repeated(self) -> list[str]:
         """A note where purifiers run anew for each pass of the rule's survey."""
-        rule = self._uses[-1]
-        slow = [use.name for use in self._uses[:-1] if use.method.acts_on == "matrix"]
+        rule, slow = self._uses[-1], self._slow_purifiers()
         if rule.method.survey is None or not slow or self._keeps(rule):
             return []
         what = f"{', '.join(slow)} runs once for each pass of {rule.name} over the model"

@@ -1,5 +1,8 @@
 """Small tensors are merged in groups: as each for itself, whatever is asked for first, in the same bytes."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -203,6 +206,29 @@ def test_a_group_that_is_too_large_for_the_device_comes_in_halves(monkeypatch):
     found = mp.merge(base, tasks, rule="tsv_m", purify="pact")
     assert max(sizes) > 2
     assert all(close(found[name], whole[name]) for name in base)
+
+
+def test_what_is_too_large_for_the_device_goes_to_the_cpu_and_is_said_once(monkeypatch):
+    base, tasks = models()
+    whole = mp.merge(base, tasks, rule="tsv_m")
+    merged = mp.Merged(base, tasks, rule="tsv_m")
+    blocks = merging.task_blocks
+
+    def full(name, base, tasks, weights, device, **how):
+        if device == "full":
+            raise torch.OutOfMemoryError("out of memory")
+        return blocks(name, base, tasks, weights, device, **how)
+
+    monkeypatch.setattr(merging, "task_blocks", full)
+    monkeypatch.setattr(merging, "group_matrices", lambda *given: full("", *given[1:], whole=True))
+    monkeypatch.setattr(torch, "device", lambda name: SimpleNamespace(type=name))
+    merged.device = "full"
+    merged._calls = replace(merged._calls, device="full")
+    merged.prepare()
+    found = {step.name: merged._results((step,), merged._passes[merged.recipe.vectors].answers)[0]
+             for step in merged.steps.values()}  # fmt: skip
+    assert all(close(base[name] + found[name], whole[name]) for name in base)
+    assert sum("has no memory" in note for note in merged.notes) == 1
 
 
 def test_large_matrices_are_factorised_one_by_one(monkeypatch):
