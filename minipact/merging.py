@@ -314,17 +314,45 @@ class Merged(Mapping[str, Tensor]):
         threads: int | None = None,
         room: float = math.inf,
     ) -> Iterator[Result]:
-        """work(name) for all names or some, in the base's order, with the next tensors read ahead.
+        """work(name) for all names or some, in the base's order; arguments as in `each`.
+
+        Results that come before their turn wait in memory.
+        """
+        early: dict[str, Result] = {}
+        found = self.each(work, names, threads=threads, room=room)
+        for name in self._chosen(names):
+            while name not in early:
+                early.update([next(found)])
+            yield early.pop(name)
+
+    def each(
+        self,
+        work: Callable[[str], Result],
+        names: Collection[str] | None = None,
+        *,
+        threads: int | None = None,
+        room: float = math.inf,
+    ) -> Iterator[tuple[str, Result]]:
+        """(name, work(name)) for all names or some, what is computed together one after the other.
 
         Args:
             work: what to do for a tensor, such as `merged.__getitem__`.
             names: those that one process of several takes.
-            threads: tensors in work at once, with one core each; None is one tensor on all cores.
+            threads: groups of tensors in work at once, with one core each; None is one tensor on all cores.
             room: entries that the tensors in work may have together, see `minipact.parallel`.
         """
         self.prepare(threads=threads, room=room)
-        chosen = [name for name in self.steps if names is None or name in names]
-        return self._run(work, chosen, threads, room)
+        parts: dict[str, list[str]] = {}
+        for name in self._chosen(names):
+            parts.setdefault(self._groups[name][0].name, []).append(name)
+        if threads is None:
+            ordered = [name for part in parts.values() for name in part]
+            return ((name, work(name)) for name in self._read_ahead(ordered))
+
+        def work_on(first: str) -> list[tuple[str, Result]]:
+            return [(name, work(name)) for name in parts[first]]
+
+        return (pair for pairs in self._run(work_on, parts, threads, room) for pair in pairs)
 
     def prepare(
         self,
@@ -385,13 +413,26 @@ class Merged(Mapping[str, Tensor]):
         changes = self.steps[name].rule != "copy" and self.scale != 0
         return changes and not (kept is not None and name in kept)
 
+    def _chosen(self, names: Collection[str] | None) -> list[str]:
+        """All names or some, in the base's order."""
+        return [name for name in self.steps if names is None or name in names]
+
     def _run(
-        self, work: Callable[[str], Result], names: list[str], threads: int | None, room: float
+        self,
+        work: Callable[[str], Result],
+        firsts: Collection[str],
+        threads: int | None,
+        room: float,
     ) -> Iterator[Result]:
-        ahead = self._read_ahead(names)
+        """work(name) for the first names of groups, in order."""
+        ahead = self._read_ahead(list(firsts))
         if threads is None:
             return map(work, ahead)
-        return in_threads(work, ahead, threads, size=lambda n: self.steps[n].entries, room=room)
+
+        def size(first: str) -> int:
+            return sum(step.entries for step in self._groups[first])
+
+        return in_threads(work, ahead, threads, size=size, room=room)
 
     def _read_ahead(self, names: list[str]) -> Iterator[str]:
         for name, following in zip(names, [*names[1:], *names[-1:]], strict=True):
@@ -753,13 +794,12 @@ def merge(
         weights=weights, include=include, exclude=exclude, policy=policy, missing=missing, rename=rename,
         vocabulary=vocabulary, dtype=dtype, seed=seed, device=device, statistics=statistics,
     )  # fmt: skip
-    tensors = merged.map(merged.__getitem__, threads=threads)
     found = {}
-    for done, (name, tensor) in enumerate(zip(merged, tensors, strict=True), start=1):
+    for name, tensor in merged.each(merged.__getitem__, threads=threads):
         found[name] = tensor
         if progress is not None:
-            progress(done, len(merged), name)
-    return found
+            progress(len(found), len(merged), name)
+    return {name: found[name] for name in merged}
 
 
 # ---- Sweeps over scales --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import minipact as mp
-from helpers import flat, normal, same, single, small_model
+from helpers import flat, normal, same, single, small_model, tuned
 from minipact import methods, tensors
 from minipact.methods import SurveyPasses
 from minipact.parallel import in_threads
@@ -527,7 +527,8 @@ def test_a_merge_loads_into_a_module():
 def test_progress():
     seen = []
     merged = mp.merge(BASE, TASKS, progress=lambda *step: seen.append(step))
-    assert seen == [(i, len(BASE), name) for i, name in enumerate(BASE, start=1)]
+    assert [step[:2] for step in seen] == [(i, len(BASE)) for i in range(1, len(BASE) + 1)]
+    assert sorted(name for _, _, name in seen) == sorted(BASE)
     assert list(merged) == list(BASE)
 
 
@@ -973,6 +974,15 @@ def test_names_of_a_part_come_in_the_order_of_the_base():
     merged = mp.Merged(BASE, TASKS)
     assert list(merged.map(str.upper, [PROJ, BIAS])) == [BIAS.upper(), PROJ.upper()]
     assert list(merged.map(str, [], threads=2)) == []
+
+
+@pytest.mark.parametrize("threads", [None, 2])
+def test_what_is_computed_together_comes_together(threads):
+    base = {f"{i}.{part}": single(4, 3 + len(part)) for i in range(3) for part in ("a", "bb")}
+    merged = mp.Merged(base, [tuned(base, 1), tuned(base, 2)], rule="tsv_m")
+    found = dict(merged.each(str.upper, threads=threads))
+    assert list(found) == ["0.a", "1.a", "2.a", "0.bb", "1.bb", "2.bb"]
+    assert list(merged.map(str.upper, threads=threads)) == [name.upper() for name in base]
 
 
 @pytest.mark.parametrize(("room", "together"), [(math.inf, 3), (32, 2), (20, 1), (1, 1)])
