@@ -1,4 +1,5 @@
-# Everything runs in .venv, which is made and refreshed when pyproject.toml changes.
+# Everything runs in .venv, which is made and refreshed when pyproject.toml changes; the pages are built in a light
+# environment of their own, .venv-docs, since building them executes nothing.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NOTEBOOKS := $(wildcard book/*.ipynb)
@@ -6,22 +7,31 @@ NOTEBOOKS := $(wildcard book/*.ipynb)
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -q -n 2 --dist loadfile
 
-.PHONY: help venv book test unit quick lint notebooks repro demo zoo encoder table bench screenshots clean
+.PHONY: help venv book test unit quick lint notebooks colab-check links pictures repro demo zoo tuned encoder table family bench bench-gpu browser screenshots clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 venv: .venv/installed  ## make the virtual environment
 
+RECENT = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11'; exit 1; }
+
 .venv/installed: pyproject.toml minipact/version.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo 'Python 3.10 or newer is needed: make PYTHON=/path/to/python3.11'; exit 1; }
+	@$(RECENT)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --prefer-binary -e '.[book,test,encoder]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --prefer-binary -e '.[book,docs,test,encoder]'
 	touch $@
 
-book: venv  ## build the book into _build/html, without executing it
-	$(BIN)/jupyter-book build . -W -n --keep-going
+.venv-docs/installed: pyproject.toml
+	@$(RECENT)
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python tools/extra.py docs > .venv-docs/requirements.txt
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --prefer-binary -r .venv-docs/requirements.txt
+	touch $@
+
+book: .venv-docs/installed  ## build the book into _build/html, without executing it: a minute, no torch
+	.venv-docs/bin/jupyter-book build . -W -n --keep-going
 
 test: unit  ## lint, types, unit tests, and the notebooks' results
 	$(if $(NOTEBOOKS),$(NBVAL) $(NOTEBOOKS))
@@ -37,8 +47,18 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-notebooks: venv  ## execute the notebooks in place
-	$(if $(NOTEBOOKS),$(BIN)/python tools/execute.py $(NOTEBOOKS))
+notebooks: venv  ## write the notebooks' first cells, and execute those whose code has changed
+	$(if $(NOTEBOOKS),$(BIN)/python tools/first_cells.py $(NOTEBOOKS))
+	$(if $(NOTEBOOKS),$(BIN)/python tools/execute.py --stale $(NOTEBOOKS))
+
+colab-check: venv  ## every notebook as on Colab: from an empty folder, with a local clone (half an hour on 2 cores)
+	MINIPACT_COLAB=all $(PYTEST) tests/test_first_cells.py
+
+links: .venv-docs/installed  ## list all addresses on the web that the texts name; make links CHECK=--check asks each of them
+	.venv-docs/bin/python tools/links.py $(CHECK)
+
+pictures: venv  ## draw the pictures of README and introduction again
+	$(BIN)/python tools/pictures.py
 
 repro: venv  ## the notebooks' results again: 1 and 2 threads, and plain CPU kernels
 	OMP_NUM_THREADS=1 $(NBVAL) $(NOTEBOOKS)
@@ -51,6 +71,9 @@ demo: venv  ## merge the zoo's eight models, and print accuracies beside the bas
 zoo: venv  ## retrain the mini zoo of seed 0 from nothing (about 25 minutes on 2 cores)
 	$(BIN)/python data/train_zoo.py --seed 0 --out data/zoo --table data/seeds.csv
 
+tuned: venv  ## train the tasks of zoo 0 with merging in mind: TaLoS, ATM, aTLAS (an hour or more on 2 cores)
+	$(BIN)/python data/tuned_to_merge.py --seed 0
+
 encoder: venv  ## fine-tune the real encoder again on its eight text tasks (about 30 minutes on 2 cores)
 	$(BIN)/python data/train_encoder.py
 
@@ -61,9 +84,16 @@ table: venv  ## measure what the fair table lacks (hours on 2 cores; goes on whe
 	printf '%s\n' 'encoder final' 'zoo0 final' 'zoo1 final' 'zoo2 final' | $(STAGE)
 	printf '%s\n' 'encoder_unseen unseen' 'zoo1 unseen' 'zoo2 unseen' | $(STAGE)
 
+family: venv  ## measure what the table of the whole family lacks (an hour of one core; goes on where it stopped)
+	for part in zoo0 zoo1 zoo2 counts encoder; do $(BIN)/python data/family.py --part $$part || exit 1; done
+	$(BIN)/python data/costs.py
+
 bench: .venv-bench/installed  ## speed and memory next to mergekit and fusion-bench, as JSON in benchmarks/results
 	PYTHONPATH=. .venv-bench/bin/python benchmarks/full_scale.py
 	PYTHONPATH=. .venv-bench/bin/python benchmarks/randomized.py
+
+bench-gpu: venv  ## where the time of a merge goes on a GPU, as JSON in benchmarks/results (says so where none is)
+	$(BIN)/python benchmarks/gpu.py
 
 .venv-bench/installed: .venv/installed benchmarks/peers.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
@@ -72,8 +102,18 @@ bench: .venv-bench/installed  ## speed and memory next to mergekit and fusion-be
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers.txt
 	touch $@
 
-screenshots: venv  ## pages of the built book, desktop and phone, light and dark
-	$(BIN)/python tools/screenshots.py
+# PAGES=intro,06_pact tests these; without it, all.
+PAGES ?=
+browser: book .venv-docs/browser  ## read the built book in a browser: every page, three widths, two themes (an hour or so)
+	.venv-docs/bin/python -m pytest tests/browser -n 2 --pages '$(PAGES)'
+
+.venv-docs/browser: .venv-docs/installed
+	.venv-docs/bin/python tools/extra.py browser > .venv-docs/browser.txt
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --prefer-binary -r .venv-docs/browser.txt
+	touch $@
+
+screenshots: .venv-docs/browser  ## pages of the built book as pictures: three widths, light and dark
+	.venv-docs/bin/python tools/screenshots.py
 
 clean:  ## remove what the other targets made
-	rm -rf _build .venv .venv-bench screenshots minipact.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf _build .venv .venv-docs .venv-bench screenshots minipact.egg-info .mypy_cache .ruff_cache .hypothesis

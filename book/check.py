@@ -6,7 +6,8 @@ told what is wrong with it and not what would be right.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +78,135 @@ def shifted(G: Tensor, c: Tensor) -> Tensor:
     return away @ G @ away.mT
 
 
+def fisher(p: Tensor, G: Tensor) -> Tensor:
+    """Diagonal Fisher information [d]: probabilities p [N, C], gradients G [N, C, d] of their logarithms."""
+    return (p[..., None] * G.square()).sum(1).mean(0)
+
+
+def crucial(t: Tensor, f: Tensor, low: float = 0.3, high: float = 0.7) -> Tensor:
+    """Mask of the weights with a small update t and a high Fisher information f, of equal shapes."""
+    return (t.abs() < torch.quantile(t.abs(), low)) & (f > torch.quantile(f, high))
+
+
+def merged(W0: Tensor, W: Tensor, alpha: float) -> Tensor:
+    """Weight W0 [m, n] of the base plus alpha times all tasks' differences from it, of W [T, m, n]."""
+    return W0 + alpha * plain.task_arithmetic(W - W0)
+
+
+def cosines(X: Tensor) -> Tensor:
+    """Cosines [T, T] between the rows of X [T, d]."""
+    Y = X / X.norm(dim=1, keepdim=True)
+    return Y @ Y.mT
+
+
+def agreeing_mean(X: Tensor) -> Tensor:
+    """TIES without trimming: in each column of X [T, d] the mean of the entries that won the vote."""
+    return plain.ties(X, density=1.0)
+
+
+def dare_variance(tau: Tensor, p: float) -> Tensor:
+    """Variance of each entry of tau [d] under DARE with the drop rate p."""
+    return p / (1 - p) * tau.square()
+
+
+def low_rank(delta: Tensor, k: int) -> Tensor:
+    """The matrix of rank k that is nearest to delta [m, n]."""
+    U, S, V = plain.svd(delta, 0.0, k)
+    return U * S @ V.mT
+
+
+def whitened(X: Tensor) -> Tensor:
+    """The matrix with orthonormal columns that is nearest to X [m, q]."""
+    return plain.polar(X, 1e-12)
+
+
+def resting(A: Tensor, w: Tensor, lr: float, steps: int) -> Tensor:
+    """Where rounds of `steps` steps of size lr and a mean come to rest, for A [T, n, n] and w [T, n]."""
+    unit = torch.eye(A.shape[1]).to(A)
+    W = unit - torch.linalg.matrix_power(unit - lr * A, steps)
+    return torch.linalg.solve(W.sum(0), torch.einsum("tij,tj->i", W, w))
+
+
+def scores(X: Tensor, y: Tensor, count: int) -> Tensor:
+    """TaLoS's scores [count, n] of a linear layer on inputs X [N, n] with drawn classes y [N]."""
+    return torch.nn.functional.one_hot(y, count).to(X).mT @ X.square()
+
+
+def core(W0: Tensor, K: int) -> Tensor:
+    """The K leading right singular vectors of W0 [m, n]: [n, K]."""
+    return torch.linalg.svd(W0).Vh[:K].mT
+
+
+def wall(V0: Tensor, V: Tensor) -> Tensor:
+    """Load-bearing wall of a task with update directions V [n, k] beside the core V0 [n, K]."""
+    return plain.basis(reliance(V0, V), 1e-3)
+
+
+def cleared(d: Tensor, P: Tensor) -> Tensor:
+    """An update d [m, n] without what it does on the span of P [n, p], orthonormal columns."""
+    return d - d @ P @ P.mT
+
+
+def hidden(V_s: Tensor, L_t: Tensor) -> Tensor:
+    """Share of the update directions V_s [n, k] that lies in a wall L_t [n, r]."""
+    return (V_s.mT @ L_t).square().sum() / V_s.shape[1]
+
+
+def profile(d: Tensor, v0: Tensor) -> Tensor:
+    """Share of a task matrix d [m, n] on each direction of a core v0 [n, K]."""
+    return (d @ v0).square().sum(0) / d.square().sum()
+
+
+def range_finder(A: np.ndarray, Omega: np.ndarray) -> Tensor:
+    """Orthonormal basis of what A [m, n] makes of the random vectors Omega [n, ell]."""
+    return plain.basis(torch.as_tensor(A @ Omega), 1e-12)
+
+
+def captured(A: np.ndarray, V_hat: np.ndarray) -> Tensor:
+    """Energy of A [m, n] on the directions V_hat [n, k], over that on its k leading ones."""
+    best = torch.linalg.svdvals(torch.as_tensor(A))[: V_hat.shape[1]].square().sum()
+    return torch.as_tensor(A @ V_hat).square().sum() / best
+
+
+def bias(b0: Tensor, b: Tensor) -> Tensor:
+    """Vector b0 [n] of the base plus the unscaled mean of the tasks' changes to it, of b [T, n]."""
+    return b0 + (b - b0).mean(0)
+
+
+def most_bytes(T: int, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    """Bytes that a streaming merge of T tasks holds at most, where tensors have these shapes."""
+    return torch.tensor((2 * T + 4) * 4 * max(math.prod(shape) for shape in shapes))
+
+
+def nearest(X: Tensor, H: Tensor) -> Tensor:
+    """Row of H [C, d] that has the largest cosine with each row of X [N, d]."""
+    return (plain.unit(X[:, None])[:, 0] @ plain.unit(H[:, None])[:, 0].mT).argmax(1)
+
+
+def margins(X: Tensor, H: Tensor) -> Tensor:
+    """Largest cosine minus the second largest, of each row of X [N, d] with the rows of H [C, d]."""
+    cosines = plain.unit(X[:, None])[:, 0] @ plain.unit(H[:, None])[:, 0].mT
+    best = cosines.topk(2, dim=1).values
+    return best[:, 0] - best[:, 1]
+
+
+def normalised(merged: np.ndarray, own: np.ndarray) -> Tensor:
+    """Mean over tasks of a merge's accuracies [T] as shares of the separate models' accuracies [T]."""
+    return torch.tensor((merged / own).mean())
+
+
+def task_width(d: np.ndarray) -> Tensor:
+    """Half of a 95 % interval for what other tasks would gain, from the gains d of eight tasks."""
+    return torch.tensor(2.365 * d.std(ddof=1) / len(d) ** 0.5)
+
+
 QUESTIONS = {
+    "merged": Question(merged),
+    "cosines": Question(cosines),
+    "agreeing_mean": Question(agreeing_mean),
+    "dare_variance": Question(dare_variance),
+    "low_rank": Question(low_rank),
+    "whitened": Question(whitened),
     "reliance": Question(reliance),
     "shield": Question(shield, basis=True),
     "half_width": Question(half_width),
@@ -87,6 +216,23 @@ QUESTIONS = {
     "least_squares": Question(least_squares),
     "sensitivity": Question(sensitivity),
     "shifted": Question(shifted),
+    "resting": Question(resting),
+    "scores": Question(scores),
+    "fisher": Question(fisher),
+    "crucial": Question(crucial),
+    "normalised": Question(normalised),
+    "task_width": Question(task_width),
+    "core": Question(core, basis=True),
+    "wall": Question(wall, basis=True),
+    "cleared": Question(cleared),
+    "hidden": Question(hidden),
+    "profile": Question(profile),
+    "range_finder": Question(range_finder, basis=True),
+    "captured": Question(captured),
+    "bias": Question(bias),
+    "bytes": Question(most_bytes),
+    "nearest": Question(nearest),
+    "margins": Question(margins),
 }
 
 

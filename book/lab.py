@@ -7,6 +7,10 @@ lab.accuracies(zoo.base)                 # {"digits": 0.31, ...} on the test spl
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
+import io
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,11 +23,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
+from IPython.display import HTML, display
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, imported by open_clip
+# From tqdm, which open_clip imports.
+warnings.filterwarnings("ignore", message="IProgress not found")
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import minipact as mp  # noqa: E402
@@ -80,20 +87,47 @@ def accuracies(
     return _judge().accuracies(weights, split, only)
 
 
+def hits(weights: State, task: str, split: str = "test") -> np.ndarray:
+    """Which of the task's images come out right with these weights: booleans [images]."""
+    return _judge().right(weights, split, [task])[task]
+
+
+def all_hits(
+    weights: State, split: str = "test", only: Sequence[str] = TASKS
+) -> np.ndarray:
+    """Which images of all these tasks, one after the other, come out right: booleans [images]."""
+    return np.concatenate(list(_judge().right(weights, split, only).values()))
+
+
+def paired(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+    """Points that one model is ahead of another, and half the width of a 95 % interval for it.
+
+    Both [images], of the same images: right or wrong, or means of that over several draws.
+    """
+    ahead = 100 * (np.asarray(ours, float) - np.asarray(theirs, float))
+    return float(ahead.mean()), 1.96 * float(ahead.std(ddof=1)) / len(ahead) ** 0.5
+
+
 def mean(values: Mapping[str, float] | Sequence[float]) -> float:
     """Plain average of a list or of a mapping's values."""
-    return float(np.mean(list(values.values() if isinstance(values, Mapping) else values)))
+    return float(
+        np.mean(list(values.values() if isinstance(values, Mapping) else values))
+    )
 
 
 def tune(
-    merged: mp.Merged | mp.TaskVector, scales: Sequence[float], only: Sequence[str] = TASKS
+    merged: mp.Merged | mp.TaskVector,
+    scales: Sequence[float],
+    only: Sequence[str] = TASKS,
 ) -> tuple[float, list[float]]:
     """The scale with the best average validation accuracy, and that average at every scale.
 
     Of a merge, or of a task vector added to the zoo's base. Of equally good scales the smallest.
     """
     model = _Line(merged) if isinstance(merged, mp.TaskVector) else merged
-    found = mp.sweep(model, lambda weights: mean(accuracies(weights, "val", only)), scales)
+    found = mp.sweep(
+        model, lambda weights: mean(accuracies(weights, "val", only)), scales
+    )
     return found.scale, list(found.scores.values())
 
 
@@ -118,7 +152,9 @@ def fixed(value: float, digits: int = 3, slack: float = 1e-3) -> str:
     """
     units = abs(value) * 10**digits
     if abs(units % 1 - 0.5) < slack:
-        raise ValueError(f"{value!r} is too close to a rounding boundary for {digits} digits")
+        raise ValueError(
+            f"{value!r} is too close to a rounding boundary for {digits} digits"
+        )
     return f"{value:.{digits}f}"
 
 
@@ -133,19 +169,28 @@ def table(columns: Mapping[str, Mapping[str, float]]) -> None:
     width = max(8, *(len(name) for name in names)) + 2
     print(" " * 10 + "".join(f"{name:>{width}}" for name in names))
     for task in next(iter(columns.values())):
-        print(f"{task:10}" + "".join(f"{percent(columns[n][task]):>{width}}" for n in names))
-    print(f"{'average':10}" + "".join(f"{percent(mean(columns[n])):>{width}}" for n in names))
+        print(
+            f"{task:10}"
+            + "".join(f"{percent(columns[n][task]):>{width}}" for n in names)
+        )
+    print(
+        f"{'average':10}"
+        + "".join(f"{percent(mean(columns[n])):>{width}}" for n in names)
+    )
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
 def style() -> None:
-    """One look for all figures; called at the top of every chapter."""
+    """One look for all figures; called at the top of every chapter.
+
+    A figure of this width on a phone of 375 px has labels of 11 px; its pixels are twice the page's.
+    """
     sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE)
     mpl.rcParams.update({
-        "figure.figsize": (7.2, 4.2),
-        "figure.dpi": 100,
+        "figure.figsize": (4.8, 3.2),
+        "figure.dpi": 200,
         "savefig.bbox": "tight",
         "figure.constrained_layout.use": True,
         "axes.spines.top": False,
@@ -157,32 +202,130 @@ def style() -> None:
     })  # fmt: skip
 
 
-def gallery(columns: int = 10) -> None:
+def gallery(columns: int = 6) -> None:
     """A row of test images for every task, in 64 colours to keep the notebook small."""
     rows = []
     for task in TASKS:
         images, labels = pictures(task)
         kinds = len(zoo_tasks.TASKS[task].classes)
-        chosen = [np.flatnonzero(labels == k % kinds)[k // kinds] for k in range(columns)]
-        rows.append(np.concatenate(list(images[chosen]), axis=1))
+        first = [
+            np.flatnonzero(labels == k % kinds)[k // kinds] for k in range(columns)
+        ]
+        rows.append(np.concatenate(list(images[first]), axis=1))
     mosaic = Image.fromarray(np.concatenate(rows)).quantize(64).convert("RGB")
-    _, ax = plt.subplots(figsize=(7.2, 5.4))
+    _, ax = plt.subplots(figsize=(4.8, 5.2))
     ax.imshow(mosaic, interpolation="nearest")
-    ax.set(xticks=[], yticks=[32 * i + 16 for i in range(len(TASKS))], yticklabels=TASKS)
+    middles = [32 * i + 16 for i in range(len(TASKS))]
+    ax.set(xticks=[], yticks=middles, yticklabels=TASKS)
     ax.grid(False)
     plt.show()
 
 
 def heatmap(
-    matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str], label: str, **options
+    matrix: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str,
+    **options,
 ) -> None:
-    """Labelled heatmap with a colour bar and the numbers in the cells."""
-    settings = {"annot": True, "fmt": ".2f", "cmap": "cividis", "annot_kws": {"size": 8}}
-    _, ax = plt.subplots(figsize=(1.2 + 0.72 * len(columns), 0.9 + 0.48 * len(rows)))
+    """Heatmap with the numbers in its cells; the label says what they are."""
+    settings = {"annot": True, "fmt": ".2f", "cmap": "cividis", "cbar": False}
+    _, ax = plt.subplots(figsize=(4.8, 1.2 + 0.36 * len(rows)))
     sns.heatmap(
-        matrix, xticklabels=columns, yticklabels=rows, cbar_kws={"label": label}, ax=ax,
+        matrix, xticklabels=columns, yticklabels=rows, ax=ax, annot_kws={"size": 10},
         **settings | options,
     )  # fmt: skip
-    ax.tick_params(axis="x", rotation=40)
+    ax.set_title(label)
+    ax.tick_params(axis="x", rotation=60)
     ax.tick_params(axis="y", rotation=0)
     plt.show()
+
+
+# ---- Sliders -------------------------------------------------------------------------------------
+
+# A chapter with two sliders still loads fast.
+SLIDER_BYTES = 150_000
+
+# Without its script a reader sees the first and the last frame; nothing moves unless the reader moves it.
+SLIDER = """\
+<div class="slider" id="{name}" style="max-width:36rem;margin:auto">
+{frames}
+<input type="range" hidden autocomplete="off" min="0" max="{last}" step="1" value="{start}"
+ aria-label="{label}" style="width:100%;height:2rem;margin:0;accent-color:#0072B2">
+</div>
+<script>
+(() => {{
+  const box = document.getElementById("{name}");
+  const frames = box.querySelectorAll("[data-value]"), range = box.querySelector("input");
+  const show = () => {{
+    frames.forEach((f, i) => {{ f.style.display = i == range.value ? "block" : "none"; }});
+    const now = frames[range.value];
+    range.setAttribute("aria-valuetext", now.dataset.value + ". " + now.querySelector("img").alt);
+  }};
+  range.addEventListener("input", show);
+  range.hidden = false;
+  show();
+}})();
+</script>
+"""
+FRAME = """\
+<div data-value="{value}" style="display:{display}">
+<div style="text-align:center">{label}: <b>{value}</b></div>
+<img src="data:image/png;base64,{png}" alt="{alt}" width="{width}" height="{height}"
+ style="width:100%;height:auto">
+</div>"""
+
+
+def slider(
+    frames: Mapping[str, tuple[Figure, str]], label: str, start: int = 0
+) -> None:
+    """Show one of several figures, chosen with a slider that needs neither a kernel nor a network.
+
+    Args:
+        frames: per value of the slider a figure and its alternative text; all figures of one size.
+        label: what the slider changes.
+        start: the frame to begin with.
+
+    Raises:
+        ValueError: figures of several sizes, a frame without alternative text, or too many bytes.
+    """
+    pictures = [_picture(figure) for figure, _ in frames.values()]
+    if len({picture.size for picture in pictures}) > 1:
+        raise ValueError("the frames of a slider need figures of one size")
+    if not all(alt for _, alt in frames.values()):
+        raise ValueError("every frame of a slider needs an alternative text")
+    ends = (0, len(frames) - 1)
+    parts = [
+        FRAME.format(
+            value=html.escape(value), label=html.escape(label), alt=html.escape(alt),
+            png=_png(picture), width=picture.width // 2, height=picture.height // 2,
+            display="block" if i in ends else "none",
+        )
+        for i, (picture, (value, (_, alt))) in enumerate(zip(pictures, frames.items(), strict=True))
+    ]  # fmt: skip
+    inner = "\n".join(parts)
+    name = "slider-" + hashlib.sha256(inner.encode()).hexdigest()[:8]
+    page = SLIDER.format(
+        name=name, frames=inner, last=ends[1], start=start, label=html.escape(label)
+    )
+    if len(page) > SLIDER_BYTES:
+        raise ValueError(
+            f"this slider takes {len(page):,} bytes, more than {SLIDER_BYTES:,}"
+        )
+    display(HTML(page))
+
+
+def _picture(figure: Figure) -> Image.Image:
+    """A figure at twice the resolution of the page, and not cropped, so that frames do not jump."""
+    figure.set_dpi(200)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())
+    plt.close(figure)
+    return Image.fromarray(pixels).convert("RGB")
+
+
+def _png(picture: Image.Image) -> str:
+    """The picture as a PNG with a palette, in base64."""
+    packed = io.BytesIO()
+    picture.quantize(32, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
+    return base64.b64encode(packed.getvalue()).decode()

@@ -181,9 +181,8 @@ def climb(value: Callable[[int], float], count: int, start: int) -> int:
     return place
 
 
-def validated(bench: Bench, tasks: Mapping[str, State], recipe: mp.Recipe) -> dict[str, Any]:
-    """A row: the scale that validation data choose on the grid, and the accuracies on the way to it."""
-    merged = mp.Merged(bench.base, tasks, rule=recipe.rule, vectors=recipe.vectors, scale=1.0)
+def tuned(bench: Bench, merged: mp.Merged) -> dict[str, Any]:
+    """The scale that validation data choose on the grid, and the accuracies on the way to it."""
     unit = length(merged.at(1.0), bench)
     scales = [float(f"{x / unit:.4g}") for x in LENGTHS]
     curve: dict[int, float] = {}
@@ -196,18 +195,30 @@ def validated(bench: Bench, tasks: Mapping[str, State], recipe: mp.Recipe) -> di
 
     best = climb(value, len(LENGTHS), START)
     return {
+        "scale": scales[best],
+        "length": round(LENGTHS[best], 3),
+        "val": round(curve[best], 5),
+        "curve": {f"{LENGTHS[i]:.3f}": round(curve[i], 5) for i in sorted(curve)},
+    }
+
+
+def labelled(bench: Bench, recipe: mp.Recipe) -> dict[str, Any]:
+    """What a row is of."""
+    return {
         "model": bench.name,
         "digest": bench.digest[:16],
         "purify": list(recipe.purify),
         "options": {name: dict(options) for name, options in recipe.options.items()},
         "rule": recipe.rule,
         "vectors": recipe.vectors,
-        "scale": scales[best],
-        "length": round(LENGTHS[best], 3),
-        "val": round(curve[best], 5),
-        "kept": round(kept_energy(bench, tasks), 4),
-        "curve": {f"{LENGTHS[i]:.3f}": round(curve[i], 5) for i in sorted(curve)},
     }
+
+
+def validated(bench: Bench, tasks: Mapping[str, State], recipe: mp.Recipe) -> dict[str, Any]:
+    """A row without test data: recipe, scale, and what the filter left."""
+    merged = mp.Merged(bench.base, tasks, rule=recipe.rule, vectors=recipe.vectors, scale=1.0)
+    kept = round(kept_energy(bench, tasks), 4)
+    return {**labelled(bench, recipe), **tuned(bench, merged), "kept": kept}
 
 
 def tested(bench: Bench, tasks: Mapping[str, State], row: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ accuracies on validation and on test data, of the task's own model ("own") or of
 An interrupted run goes on where it stopped: what is trained is kept in data/.tuned/, in float32. A zoo takes
 about 45 minutes on 2 free cores (estimate from `make zoo`: fine-tuning all tasks once takes ten, and here
 it is done twice, with scores, aTLAS, which passes 48,000 pictures forth and back, and some 50 rounds of
-evaluation), 2 GB of memory and 100 MB of disk; a few minutes on a GPU.
+evaluation; on cores that others used, it took 100), 2.3 GB of memory and 100 MB of disk; a few minutes on a
+GPU.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -63,6 +62,9 @@ def _tower(folder: Path, name: str, base: State | None = None) -> State:
 
 def image_tower(config: dict[str, Any], weights: State | None = None) -> nn.Module:
     """open_clip's vision transformer for zoo.json's "model" entry: [N, 3, 32, 32] -> [N, embed_dim]."""
+    # Here, as it takes 250 MB of memory: to read the weights takes none of it.
+    from open_clip.model import CLIPVisionCfg, _build_vision_tower
+
     vision = CLIPVisionCfg(**config["vision_cfg"])
     tower: nn.Module = _build_vision_tower(config["embed_dim"], vision)
     if weights is not None:

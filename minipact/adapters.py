@@ -25,6 +25,7 @@ from minipact.errors import CheckpointError, listing
 from minipact.layouts import ADAPTER as CONFIG
 from minipact.layouts import PICKLES, read_json
 from minipact.low_rank import Product
+from minipact.module_names import module_names
 from minipact.peft_settings import MERGE_INSTEAD, Settings, read_settings
 from minipact.quantized import packings
 
@@ -192,7 +193,7 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
     config = read_settings(path / CONFIG)
     _, weights, *beside = adapter_files(path)
     stored = open_checkpoint(weights)
-    pairs, whole = _sorted_tensors(stored, weights)
+    pairs, whole, called = _in_the_file(*_sorted_tensors(stored, weights), base)
     _refuse_packed(pairs, base, path)
     layers, renames = _layers_of(pairs, stored, base, path)
     replaced: dict[str, Place] = {}
@@ -207,7 +208,10 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
     turned = _turned(pairs, weights_of, layers, stored, base, config, path)
     factors = {
         layers[module]: _Factors(
-            pair.a, pair.b, _scale(module, pair, config, stored, path), turned[module]
+            pair.a,
+            pair.b,
+            _scale(called.get(module, module), pair, config, stored, path),
+            turned[module],
         )
         for module, pair in pairs.items()
     }
@@ -268,6 +272,29 @@ def _sorted_tensors(stored: Checkpoint, weights: Path) -> tuple[dict[str, _Pair]
             whole[name] = key
     _check_partners(pairs, stored, weights)
     return pairs, whole
+
+
+def _in_the_file(
+    pairs: dict[str, _Pair], whole: dict[str, str], base: Checkpoint
+) -> tuple[dict[str, _Pair], dict[str, str], dict[str, str]]:
+    """Both under the names of the base's file, and what the adapter calls such layers otherwise.
+
+    An installed transformers calls some layers otherwise than a file does, and an adapter made on its module
+    has those names.
+    """
+    if all(f"{module}.weight" in base for module in pairs):
+        return pairs, whole, {}
+    ours = {other: name for name, other in module_names(base.path, base).called.items()}
+    layers = {
+        other.removesuffix(".weight"): name.removesuffix(".weight")
+        for other, name in ours.items()
+        if other.endswith(".weight") and other not in base
+    }
+    renamed = {layers.get(module, module): pair for module, pair in pairs.items()}
+    if len(renamed) < len(pairs):
+        return pairs, whole, {}
+    whole = {name if name in base else ours.get(name, name): key for name, key in whole.items()}
+    return renamed, whole, {layers[module]: module for module in pairs if module in layers}
 
 
 def _without_wrappers(key: str) -> str:

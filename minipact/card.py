@@ -107,6 +107,38 @@ def card_text(
     return "\n\n".join(sections) + "\n"
 
 
+def extracted_card(record: Record, task: str, folder: Path) -> str:
+    """Markdown of the card of one task's model in a folder, out of a file of minipact compress.
+
+    Args:
+        record: of the file. task: name of the task. folder: the output, with its configuration files.
+    """
+    library, loading = _loading(folder)
+    front = {"library_name": library, "tags": ["model-merging"]}
+    known = {key: value for key, value in front.items() if value is not None}
+    rule, tasks, versions = record["recipe"]["rule"], record["tasks"], record["versions"]
+    sections = [
+        f"---\n{yaml.safe_dump(known, sort_keys=False)}---",
+        f"# The model of {_cell(task)}",
+        f"Taken out of a file in which minipact {versions['minipact']} had stored a base and {len(tasks)} "
+        f"fine-tuned models by `{rule}`: as near to the fine-tuned model of this task as that comes.",
+        _sources(record),
+        f"## Loading\n\nIn this folder:\n\n```python\n{loading}```",
+        f"## Record\n\n```json\n{json.dumps(record, indent=2, sort_keys=True)}\n```",
+    ]
+    return "\n\n".join(x for x in sections if x) + "\n"
+
+
+def _sources(record: Record) -> str:
+    """A table of what a compressed file was made from; "" where no files are known."""
+    if "inputs" not in record:
+        return ""
+    sums = record["inputs"]
+    digests = {"the base": sums["base"], **sums["tasks"]}
+    rows = [f"| {_cell(name)} | {_codes(found)} |" for name, found in digests.items()]
+    return "\n".join(["| input | SHA-256 of its files |", "|---|---|", *rows])
+
+
 def _repeating(recipe: Mapping[str, Any]) -> str:
     """How to merge the same again; code of one's own must be named once more."""
     if "not repeatable" in recipe:

@@ -56,7 +56,7 @@ from minipact.parallel import cores, memory
 from minipact.recipe import Recipe, as_globs
 from minipact.statistics_files import ByTask, check_recorded, matched, naming_files, open_statistics
 from minipact.steps import Step
-from minipact.tensors import State, rounded_update
+from minipact.tensors import State, in_pieces, rounded_update
 from minipact.version import __version__
 from minipact.vocabulary import Union, lost_tokens, union_of, united, write_union
 
@@ -680,7 +680,7 @@ def _sweep(
 
     def scored(merged: Merged) -> float:
         # All are computed at once, so that saving finds them on the shelf.
-        for _ in merged.map(lambda name: merged.parts(name) and None, threads=workers, room=room):
+        for _ in merged.each(lambda name: merged.parts(name) and None, threads=workers, room=room):
             pass
         save_checkpoint(
             candidate,
@@ -864,15 +864,16 @@ def _merge_share(
     )
     mine = _share_of(merged, [x for x in merged if not output.done.issuperset(places[x])])
 
-    def work(name: str) -> tuple[str, Tensor, list[float]]:
+    def work(name: str) -> tuple[Tensor, list[float]]:
         base, delta, factor = merged.parts(name)
-        tensor, *norms = rounded_update(name, base, delta, factor, merged.meta(name).dtype)
-        return name, tensor, norms
+        pieces = None if delta is None else in_pieces(delta, delta.device)
+        tensor, *norms = rounded_update(name, base, pieces, factor, merged.meta(name).dtype)
+        return tensor, norms
 
     noise = signal = 0.0
-    tensors = merged.map(work, mine, threads=workers, room=room)
+    tensors = merged.each(work, mine, threads=workers, room=room)
     done = itertools.count(1)  # enumerate would hold a tensor while the next one is made
-    for name, tensor, norms in tensors:
+    for name, (tensor, norms) in tensors:
         noise, signal = noise + norms[0], signal + norms[1]
         for place in places[name]:
             output.write(place, tensor)
@@ -884,12 +885,15 @@ def _merge_share(
 
 def _share_of(merged: Merged, names: Collection[str]) -> set[str]:
     """Those of some tensors that are this process'; what is computed in one go stays together."""
+    firsts: dict[str, str] = {}
     costs: dict[str, float] = {}
     for name in names:
-        first = merged.together(name)[0]
-        costs[first] = costs.get(first, 0.0) + _cost(merged.steps[name])
-    firsts = distributed.share(costs)
-    return {name for name in names if merged.together(name)[0] in firsts}
+        if name not in firsts:
+            together = merged.together(name)
+            firsts |= dict.fromkeys(together, together[0])
+        costs[firsts[name]] = costs.get(firsts[name], 0.0) + _cost(merged.steps[name])
+    mine = distributed.share(costs)
+    return {name for name in names if firsts[name] in mine}
 
 
 def _cost(step: Step) -> float:

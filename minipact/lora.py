@@ -55,7 +55,7 @@ class Lora(Mapping[str, Tensor]):
 
     Attributes:
         config: what adapter_config.json says.
-        rank: the largest rank of a layer; all have it but those whose smaller side is less.
+        rank: of all layers; where one takes less, the rest of its factors is zero.
         layers: names of the base's tensors that have factors. whole: of those that are stored whole.
         error: ||D - B A|| / ||D|| over all layers with factors, of the factors as they are stored.
         errors: kind of layer, its name with * for numbers, or "all" -> {rank: relative error}, had the rank
@@ -68,6 +68,7 @@ class Lora(Mapping[str, Tensor]):
         found: Mapping[str, _Factored],
         kept: Kept,
         whole: Mapping[str, str],
+        own: Mapping[str, str],
         config: Mapping[str, Any],
     ) -> None:
         self.config, self._merged, self._kept, self._whole = dict(config), merged, kept, dict(whole)
@@ -75,7 +76,7 @@ class Lora(Mapping[str, Tensor]):
         self.rank = int(self.config["r"])
         self._found = found
         self._places = {
-            f"{PREFIX}{_module(name)}.lora_{side}.weight": (name, side)
+            f"{PREFIX}{_module(own[name])}.lora_{side}.weight": (name, side)
             for name in found
             for side in "AB"
         }
@@ -95,8 +96,8 @@ class Lora(Mapping[str, Tensor]):
             return self._merged.meta(self._whole[name])
         layer, side = self._places[name]
         found = self._found[layer]
-        rank = min(self.rank, *found.shape)
-        shape = (rank, found.shape[1]) if side == "A" else (found.shape[0], rank)
+        m, n = found.shape
+        shape = (self.rank, n) if side == "A" else (m, self.rank)
         return torch.empty(shape, dtype=found.dtype, device="meta")
 
     def __getitem__(self, name: str) -> Tensor:
@@ -185,6 +186,7 @@ def to_lora(
     svd: str = "exact",
     turned: Turned | None = None,
     never: Mapping[str, str] | None = None,
+    called: Mapping[str, str] | None = None,
     base_model: str | None = None,
     threads: int | None = None,
     room: float = math.inf,
@@ -200,13 +202,14 @@ def to_lora(
     Args:
         merged: the merge.
         rank: of the factors at most, from 1 to the largest rank of a layer; the adapter's is less where no
-            change takes so much, and a layer's where one of its sides is smaller.
+            change takes so much.
         save_modules: whether what factors cannot hold goes into the adapter as well: norms, embeddings and
             convolutions with their whole module, as modules_to_save, and biases of layers with factors, as
             bias="lora_only". Else no such tensor may change.
         svd: "exact", or "randomized", faster on large matrices; seeded by the recipe and the name.
         turned: whether a weight is stored [inputs, outputs], as Conv1D is; None goes by its name.
         never: names that an adapter cannot change, and why.
+        called: name -> what the module that PEFT loads the adapter on calls it, where that differs.
         base_model: what the configuration calls the base.
         threads, room: as in `Merged.map`.
         shelf: makes the mapping in which factors wait.
@@ -233,13 +236,14 @@ def to_lora(
             found[name] = factors
         if progress is not None:
             progress(done, len(layers), name)
-    plan = _planned(merged, found, changed)
+    own = {name: (called or {}).get(name, name) for name in merged}
+    plan = _planned(own, found, changed)
     found = {name: found[name] for name in plan.layers}
     if not found:
         raise MergeError("no layer changed that factors could hold, so there is no adapter to make")
     is_any_turned = any(is_turned(layers[name]) for name in found)
-    config = _config(merged, found, plan, is_any_turned, base_model)
-    return Lora(merged, found, kept, plan.whole, config)
+    config = _config(own, found, plan, is_any_turned, base_model)
+    return Lora(merged, found, kept, plan.whole, own, config)
 
 
 def is_layer(step: Step, names: Collection[str]) -> bool:
@@ -436,17 +440,22 @@ class _Plan:
     biases: bool
 
 
-def _planned(merged: Merged, found: Collection[str], changed: Collection[str]) -> _Plan:
-    """Biases of layers with factors go for themselves, what else changed with its whole module."""
-    layers = {_module(name) for name in found}
-    biases = [name for name in changed if name.endswith(".bias") and _module(name) in layers]
-    modules = {_attention(x, merged) or _module(x) for x in changed if x not in biases}
+def _planned(own: Mapping[str, str], found: Collection[str], changed: Collection[str]) -> _Plan:
+    """Biases of layers with factors go for themselves, what else changed with its whole module.
+
+    `own` is what the module calls each tensor of the base.
+    """
+    names = set(own.values())
+    layers = {_module(own[name]) for name in found}
+    biases = [x for x in changed if own[x].endswith(".bias") and _module(own[x]) in layers]
+    others = [own[name] for name in changed if name not in biases]
+    modules = {_attention(x, names) or _module(x) for x in others}
     modules = {x for x in modules if not any(x.startswith(f"{other}.") for other in modules)}
-    matched = _matched_by_peft(modules, merged)
-    left = [name for name in found if not _is_within(name, matched)]
-    biases = [name for name in biases if not _is_within(name, matched)]
-    whole = {f"{PREFIX}{name}": name for name in merged if _is_within(name, matched)}
-    whole |= {f"{PREFIX}{_module(name)}.base_layer.bias": name for name in biases}
+    matched = _matched_by_peft(modules, names)
+    left = [name for name in found if not _is_within(own[name], matched)]
+    biases = [name for name in biases if not _is_within(own[name], matched)]
+    whole = {f"{PREFIX}{x}": name for name, x in own.items() if _is_within(x, matched)}
+    whole |= {f"{PREFIX}{_module(own[name])}.base_layer.bias": name for name in biases}
     return _Plan(tuple(left), tuple(sorted(modules)), whole, bool(biases))
 
 
@@ -465,18 +474,18 @@ def _all_modules(names: Iterable[str]) -> set[str]:
 
 
 def _config(
-    merged: Merged,
+    own: Mapping[str, str],
     found: Mapping[str, _Factored],
     plan: _Plan,
     turned: bool,
     base_model: str | None,
 ) -> dict[str, Any]:
-    """adapter_config.json: alpha = r everywhere, so that PEFT adds B A as it is."""
+    """adapter_config.json: alpha = r, so that PEFT adds B A as it is.
+
+    There is one rank for all, as PEFT finds no pattern of names again where it calls layers otherwise.
+    """
     rank = max(x.rank for x in found.values())
-    small = {name: min(x.shape) for name, x in found.items() if min(x.shape) < rank}
-    pattern = {f"^{re.escape(_module(name))}": side for name, side in small.items()}
     return {
-        "alpha_pattern": pattern,
         "base_model_name_or_path": base_model,
         "bias": "lora_only" if plan.biases else "none",
         "fan_in_fan_out": turned,
@@ -487,17 +496,16 @@ def _config(
         "modules_to_save": list(plan.modules) or None,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": pattern,
-        "target_modules": _targets(found, merged),
+        "target_modules": _targets([own[name] for name in found], own.values()),
         "task_type": None,
         "use_rslora": False,
     }
 
 
-def _targets(found: Collection[str], merged: Iterable[str]) -> list[str]:
+def _targets(found: Collection[str], names: Iterable[str]) -> list[str]:
     """Modules with factors by their own name where all of that name have them, else by their whole name."""
     layers = {_module(name) for name in found}
-    others = _all_modules(merged) - layers
+    others = _all_modules(names) - layers
     shared = {module.rpartition(".")[2] for module in others}
     own = {module: module.rpartition(".")[2] for module in layers}
     return sorted({module if short in shared else short for module, short in own.items()})

@@ -37,6 +37,7 @@ from minipact.layouts import read_json
 from minipact.lora import ALL, Lora, check_folder, to_lora
 from minipact.lora import is_conv1d as named_conv1d
 from minipact.merging import Progress
+from minipact.module_names import ModuleNames, module_names
 from minipact.output import Shelf
 from minipact.recipe import Recipe
 from minipact.steps import Step
@@ -72,10 +73,9 @@ def merge_to_lora(
 
     Args:
         base, tasks, recipe, device, threads, entry, base_model, license, statistics, progress: as in
-            `merge_files`. Names of tensors must be those of the module that PEFT is to load the adapter on.
-            Where a library calls its modules otherwise than its files, as transformers 5 does with ViT, give
-            `extract_lora` or `to_lora` the module's state_dict() instead: PEFT would pass the others by. The
-            card's lines for loading tell.
+            `merge_files`. Where an installed transformers calls a model's layers otherwise than its files
+            do, as version 5 does with ViT, the adapter has the module's names, and a note says so: PEFT
+            would pass the others by. The card's lines for loading tell.
         output: names a new folder.
         rank, save_modules, svd: as in `to_lora`.
         overwrite: replace an existing output.
@@ -87,7 +87,8 @@ def merge_to_lora(
 
     Raises:
         CheckpointError, MergeError, OSError: as `merge_files` and `to_lora`, and where a table of tokens
-            changed that the model ties to its head. In every case there is no output.
+            changed that the model ties to its head, or tensors that transformers joins or splits. In every
+            case there is no output.
     """
     started, path = time.perf_counter(), Path(output)
     if distributed.size() > 1:
@@ -97,21 +98,24 @@ def merge_to_lora(
     Target(path, overwrite=overwrite).check(Path(base), [*named_paths(tasks).values(), *files])
     job = open_job(base, tasks, recipe, device, entry, files)
     _refuse_beyond_base(job)
+    names = module_names(home(job.base), job.base)
     workers, room = at_once(job.merged, threads)
     told, notes = _stated(job, {"base_model": base_model, "license": license})
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".lora-") as scratch:
         try:
             lora = to_lora(
                 job.merged, rank, save_modules=save_modules, svd=svd, base_model=told["base_model"],
-                turned=lambda step: _is_turned(step, job), never=_never(job), threads=workers,
-                room=room, shelf=lambda: Shelf(Path(scratch)), progress=progress,
+                turned=lambda step: _is_turned(step, job), never=_never(job) | _unlike(names),
+                called=names.called, threads=workers, room=room,
+                shelf=lambda: Shelf(Path(scratch)), progress=progress,
             )  # fmt: skip
         except MergeError as error:
             raise job.with_paths(error) from error
-        record = _record(job, lora, save_modules, svd)
+        _check_stacks(lora, names)
+        record = _record(job, lora, names, save_modules, svd)
 
         def finish(folder: Path) -> None:
-            card = _card(lora, record, told["license"])
+            card = _card(lora, record, told["license"], names)
             (folder / CARD).write_bytes(card.encode())
 
         metadata = {"minipact": __version__, "merge": json.dumps(record, sort_keys=True)}
@@ -120,7 +124,7 @@ def merge_to_lora(
     return {
         "record": record,
         **{key: summary[key] for key in ("base", "tasks", "tensors")},
-        "notes": [*summary["notes"], *notes],
+        "notes": [*summary["notes"], *notes, *_named(lora, names)],
         "rank": lora.rank,
         "layers": len(lora.layers),
         "whole": list(lora.whole),
@@ -164,6 +168,35 @@ def _never(job: Job) -> dict[str, str]:
     )
 
 
+def _unlike(names: ModuleNames) -> dict[str, str]:
+    """Tensors that PEFT would not find in the module that transformers makes of the base."""
+    there = f"in the module of {names.by}, where PEFT finds no layer for its factors"
+    return {name: f"goes into '{other}' {there}" for name, other in names.unlike.items()}
+
+
+def _check_stacks(lora: Lora, names: ModuleNames) -> None:
+    """Raise MergeError where of experts that a module stacks only some have factors, as PEFT needs all."""
+    stacks: dict[str, list[str]] = {}
+    for name, other in names.stacked.items():
+        stacks.setdefault(other, []).append(name)
+    for other, parts in stacks.items():
+        lost = [name for name in parts if name not in lora.layers]
+        if 0 < len(lost) < len(parts):
+            what = f"{listing(lost)} did not change, and other parts of '{other}' did"
+            raise MergeError(
+                f"{what}, which {names.by} holds as one: exclude all its parts, or none"
+            )
+
+
+def _named(lora: Lora, names: ModuleNames) -> list[str]:
+    """What the user should know of the names of layers."""
+    held = [*lora.layers, *lora.whole]
+    if not (other := [name for name in held if name in names.called]):
+        return []
+    what = f"{len(other)} tensors have the names of {names.by}'s module, not of the base's file"
+    return [f"{what}, such as '{names.called[other[0]]}' for '{other[0]}'"]
+
+
 def _has_head(folder: Path) -> bool:
     """Whether a configuration is of a model with a head over its tokens."""
     config = read_json(folder / "config.json")
@@ -184,14 +217,16 @@ def _stated(job: Job, given: dict[str, str | None]) -> tuple[dict[str, str | Non
     return found, [f"the adapter leaves out {' and '.join(silent)}: {hint}"] if silent else []
 
 
-def _record(job: Job, lora: Lora, save_modules: bool, svd: str) -> Record:
+def _record(job: Job, lora: Lora, names: ModuleNames, save_modules: bool, svd: str) -> Record:
     """What the result depends on, and how near it comes."""
     sums = {name: [sha256(file) for file in x.files] for name, x in job.inputs.items()}
     own = {"rank": lora.rank, "save_modules": save_modules, "svd": svd, "error": lora.error}
+    if _named(lora, names):
+        own["names"] = names.by
     return job.record(sums) | {"lora": own}
 
 
-def _card(lora: Lora, record: Record, license: str | None) -> str:
+def _card(lora: Lora, record: Record, license: str | None, names: ModuleNames) -> str:
     """Markdown of the adapter's card; the record is its last block."""
     name = lora.config["base_model_name_or_path"]
     front = {
@@ -217,17 +252,18 @@ def _card(lora: Lora, record: Record, license: str | None) -> str:
         "\n".join(["| input | SHA-256 of its files |", "|---|---|", *rows]),
         "## Error\n\nRelative to the norm of what is added to the layers, by rank:",
         table(lora),
-        f"## Loading\n\nOn the base, in this folder:\n\n```python\n{_loading(lora)}```",
+        f"## Loading\n\nOn the base, in this folder:\n\n```python\n{_loading(lora, names)}```",
         f"## Record\n\n```json\n{json.dumps(record, indent=2, sort_keys=True)}\n```",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _loading(lora: Lora) -> str:
+def _loading(lora: Lora, names: ModuleNames) -> str:
     """Lines that load the adapter, and tell where a library calls its modules otherwise than its files."""
+    count = len({names.stacked.get(name, name) for name in lora.layers})
     return (
         'import peft\n\nmodel = peft.PeftModel.from_pretrained(base, ".")\n'
-        f'assert sum("lora_A" in x for x, _ in model.named_parameters()) == {len(lora.layers)}\n'
+        f'assert sum("lora_A" in x for x, _ in model.named_parameters()) == {count}\n'
     )
 
 

@@ -10,12 +10,14 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minipact import distributed
+from minipact.card import CARD, extracted_card
 from minipact.checkpoints import open_checkpoint, sha256
 from minipact.compression import compressed, touched
 from minipact.errors import CheckpointError, MergeError, listing
@@ -138,7 +140,8 @@ def extract_file(
         path: the file. task: name of the task.
         output: ends in .safetensors: one file; otherwise a folder.
         base: the model that the file was made from, known by its SHA-256. Needed where the file holds
-            no base; where it is a folder, a folder as output has all that it holds but weights and card.
+            no base; where it is a folder, a folder as output has all that it holds but weights and card. A
+            folder has a card of its own, with recipe and sources; a file has both in its header.
         max_shard_size, overwrite: as in `merge_files`.
 
     Returns:
@@ -160,31 +163,41 @@ def extract_file(
     header = {"task": task, "record": stored.record}
     metadata = {"minipact": __version__, "extract": json.dumps(header, sort_keys=True)}
     untied = bool(stored.record.get("untied"))
-    files, notes = _write(model, target, metadata, base, untied)
+    text = partial(extracted_card, stored.record, task)
+    files, notes = _write(model, target, metadata, base, untied, text)
     size = sum(file.stat().st_size for file in files)
     return {"task": task, "notes": notes, "files": [str(file) for file in files], "bytes": size}
 
 
 def _write(
-    model: Served, target: Target, metadata: Mapping[str, str], base: PathLike | None, untied: bool
+    model: Served,
+    target: Target,
+    metadata: Mapping[str, str],
+    base: PathLike | None,
+    untied: bool,
+    text: Callable[[Path], str],
 ) -> tuple[list[Path], list[str]]:
-    """The files of a model, and what the user should know."""
+    """The files of a model, a card beside those of a folder; and what the user should know."""
     settings: dict[str, Any] = {"metadata": metadata, "overwrite": target.overwrite}
-    if base is None:
-        hint = "the folder holds weights only: give --base for the model's other files"
-        notes = [] if target.is_file else [hint]
-        size = target.max_shard_size
-        return save_checkpoint(target.path, model, max_shard_size=size, **settings), notes
-    home, notes = dequantized(open_checkpoint(base)), []
+    if target.is_file:
+        return save_checkpoint(target.path, model, max_shard_size=None, **settings), []
+    home = None if base is None else dequantized(open_checkpoint(base))
+    notes = (
+        [] if home else ["the folder holds weights only: give --base for the model's other files"]
+    )
 
     def finish(folder: Path) -> None:
-        metas = {name: model.meta(name) for name in model}
-        notes.extend(complete_folder(folder, home.source, metas))
-        if home.widened:
-            forget_quantization(folder)
+        if home is not None:
+            metas = {name: model.meta(name) for name in model}
+            notes.extend(complete_folder(folder, home.source, metas))
+            if home.widened:
+                forget_quantization(folder)
         if untied:
             untie(folder)
+        (folder / CARD).write_bytes(text(folder).encode())
 
-    shard = None if home.source.in_one_file else target.max_shard_size
-    settings |= {"max_shard_size": shard, "stems": home.source.stems}
+    in_one = home is not None and home.source.in_one_file
+    settings["max_shard_size"] = None if in_one else target.max_shard_size
+    if home is not None:
+        settings["stems"] = home.source.stems
     return save_checkpoint(target.path, model, finish=finish, **settings), notes

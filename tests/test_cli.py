@@ -420,16 +420,16 @@ def test_a_lack_of_memory_is_told_and_keeps_what_is_done(
 ):
     from minipact import job
 
-    add_update = job.add_update
+    update = job.rounded_update
 
-    def crowded(name: str, *arguments: object) -> Tensor:
+    def crowded(name: str, *arguments: object) -> tuple[Tensor, float, float]:
         if name == "visual.proj":
             raise RuntimeError(
                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
             )
-        return add_update(name, *arguments)
+        return update(name, *arguments)
 
-    monkeypatch.setattr(job, "add_update", crowded)
+    monkeypatch.setattr(job, "rounded_update", crowded)
     assert run(files, "-o", str(files / "out.safetensors"), "--threads", "1") == 1
     error = capsys.readouterr().err
     assert "out of memory" in error

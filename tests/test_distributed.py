@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import contents, wait_until, write_models
+import minipact as mp
+from helpers import contents, single, wait_until, write_models
 from minipact import distributed
 from minipact.__main__ import main
 from minipact.checkpoints import JOURNAL
@@ -83,6 +84,58 @@ def test_two_processes_write_the_bytes_of_one(
     assert main(["merge", *arguments, "--overwrite", "--quiet"]) == 0
     assert contents(tmp_path / output) == two
     assert not (tmp_path / f"{output}.partial").exists()
+
+
+def with_statistics(models: list[str], kind: str) -> list[str]:
+    """Words that give a statistic of each task, of random numbers, as files."""
+    base, *tasks = (Path(model) for model in models)
+    floats = {n: x for n, x in load_file(base).items() if kind != "covariance" or x.ndim == 2}
+    words = []
+    for seed, task in enumerate(tasks):
+        seen = {n: single(*x.shape, seed=seed + i) for i, (n, x) in enumerate(floats.items())}
+        found = {n: x.mT @ x / len(x) if kind == "covariance" else x**2 for n, x in seen.items()}
+        at = {"model": base, "task": task} if kind == "gradient" else {"model": task}
+        file = task.with_name(f"{task.stem}_{kind}.safetensors")
+        words += ["--statistics", str(mp.save_statistics(file, kind, found, samples=4, **at))]
+    return words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [
+        ("covariance", ["--rule", "regmean"]),
+        ("covariance", ["--rule", "tsv_m", "--purify", "pave"]),
+        ("fisher", ["--rule", "fisher_merge"]),
+        ("gradient", ["--purify", "tatr"]),
+    ],
+)
+def test_two_processes_read_statistics_as_one_does(
+    tmp_path: Path, models: list[str], kind: str, recipe: list[str]
+):
+    arguments = [*models, "-o", str(tmp_path / "out"), *recipe, *with_statistics(models, kind)]
+    run = processes([*arguments, "--max-shard-size", "1MB", "--json"])
+    told, errors = zip(*(process.communicate(timeout=300) for process in run), strict=True)
+    assert [process.returncode for process in run] == [0, 0], errors
+    assert json.loads(told[0])["processes"] == 2
+    two = contents(tmp_path / "out")
+    assert len(two) > 3
+    arguments += ["--max-shard-size", "1MB", "--overwrite", "--quiet"]
+    assert main(["merge", *arguments]) == 0
+    assert contents(tmp_path / "out") == two
+
+
+@pytest.mark.slow
+def test_statistics_that_do_not_fit_are_told_once_by_two_processes(
+    tmp_path: Path, models: list[str]
+):
+    words = with_statistics(models, "fisher")[:2]
+    run = processes([*models, "-o", str(tmp_path / "out"), "--rule", "fisher_merge", *words])
+    errors = [process.communicate(timeout=300)[1] for process in run]
+    assert [process.returncode for process in run] == [2, 2]
+    assert "'b'" in errors[0]
+    assert errors[1] == ""
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def test_the_error_falls_with_the_rank_and_ends_at_zero(m: int, n: int, seed: in
     assert close(applied(lora, "x"), task["x.weight"] - base["x.weight"])
 
 
-def test_ranks_are_no_larger_than_needed_and_small_layers_have_their_own():
+def test_ranks_are_no_larger_than_needed_and_small_layers_are_filled_up():
     base = model()
     rank_one = base[Q0] + torch.outer(single(8, seed=1), single(6, seed=2))
     lora = mp.extract_lora(base, base | {Q0: rank_one}, 6)
@@ -119,11 +119,13 @@ def test_ranks_are_no_larger_than_needed_and_small_layers_have_their_own():
     assert lora.rank == 2
     assert lora[f"{PREFIX}model.layers.0.q_proj.lora_A.weight"][1].count_nonzero() == 0
     lora = mp.extract_lora(base, changed(base, Q0, Q1, SMALL), 4)
-    assert lora.config["rank_pattern"] == {r"^model\.layers\.1\.small": 2}
-    assert lora.config["alpha_pattern"] == lora.config["rank_pattern"]
+    assert lora.rank == lora.config["r"] == lora.config["lora_alpha"] == 4
     shapes = {name: (x.shape, x.dtype) for name, x in lora.items()}
     assert shapes == {name: (lora.meta(name).shape, lora.meta(name).dtype) for name in lora}
-    assert lora[f"{PREFIX}model.layers.1.small.lora_A.weight"].shape == (2, 6)
+    small = lora[f"{PREFIX}model.layers.1.small.lora_A.weight"]
+    assert small.shape == (4, 6)
+    assert small[:2].all()
+    assert not small[2:].any()
 
 
 def test_types_of_factors_and_the_error_of_their_rounding():
@@ -608,6 +610,164 @@ def test_peft_loads_what_a_merge_writes(tmp_path: Path, make, glob: str, words: 
     assert main([*arguments, "-o", str(out), "--lora-rank", "8", *words]) == 0
     rank = json.loads((out / "adapter_config.json").read_text())["r"]
     assert_peft_has(truncated(base, full, rank), make, base, out)
+
+
+# ---- Modules that are called otherwise than the file's tensors -----------------------------------
+
+SIZES = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
+
+
+def vit():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**SIZES, image_size=8, patch_size=4, num_labels=3)
+    return transformers.ViTForImageClassification(config)
+
+
+def gpt_neox():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(**SIZES, vocab_size=13, max_position_embeddings=16)
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+def mixtral():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        **SIZES, num_key_value_heads=1, vocab_size=13, num_local_experts=2
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+def base_and_tuned(folder: Path, make, glob: str) -> tuple[Path, Path]:
+    net = make()
+    net.save_pretrained(folder / "base")
+    train(net, glob)
+    net.save_pretrained(folder / "tuned")
+    return folder / "base", folder / "tuned"
+
+
+@pytest.mark.slow
+@QUIET
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("make", "glob", "words", "other"),
+    [
+        (vit, r"layers.*(proj|fc\d)\.weight|classifier\.weight", [], "layers.0.attention.q_proj"),
+        (vit, r"layers|classifier|layernorm", ["--save-modules"], "vit.layers.0.layernorm_before"),
+        (gpt_neox, r"(dense|query|lm_head).*weight", [], "lm_head"),
+        (mixtral, r"proj|gate|lm_head", [], "mlp.gate"),
+        (mixtral, r"self_attn", [], None),
+    ],
+)
+def test_peft_finds_layers_that_the_module_calls_otherwise(
+    tmp_path: Path, capsys, make, glob: str, words: list[str], other: str | None
+):
+    import peft
+
+    base, tuned = base_and_tuned(tmp_path, make, glob)
+    out = tmp_path / "out"
+    assert (
+        main(["extract-lora", str(base), str(tuned), "-o", str(out), "--rank", "16", *words]) == 0
+    )
+    assert ("have the names of transformers 5" in capsys.readouterr().out) == bool(other)
+    assert other is None or any(
+        other in name for name in load_file(out / "adapter_model.safetensors")
+    )
+    under = peft.PeftModel.from_pretrained(type(make()).from_pretrained(base), out)
+    count = sum("lora_A" in name for name, _ in under.named_parameters())
+    assert f"named_parameters()) == {count}\n" in (out / "README.md").read_text()
+    found = under.merge_and_unload().state_dict()
+    module = type(make()).from_pretrained(tuned).state_dict()
+    assert all(torch.allclose(found[name], x, atol=1e-5) for name, x in module.items())
+    again, expected = open_adapter(out, open_checkpoint(base)), open_checkpoint(tuned)
+    assert all(torch.allclose(again[name], x, atol=1e-5) for name, x in expected.items())
+
+
+@pytest.mark.slow
+@QUIET
+def test_an_adapter_of_the_module_is_read_on_the_file(tmp_path: Path):
+    base, tuned = base_and_tuned(tmp_path, vit, r"(q|k)_proj\.weight")
+    mp.merge_to_lora(base, [tuned], tmp_path / "out", 16, mp.Recipe(scale=1.0))
+    config = tmp_path / "out" / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    assert settings["target_modules"] == ["k_proj", "q_proj"]
+    config.write_text(json.dumps(settings | {"alpha_pattern": {"q_proj": 2 * settings["r"]}}))
+    found, opened_base = (
+        open_adapter(tmp_path / "out", open_checkpoint(base)),
+        open_checkpoint(base),
+    )
+    task = open_checkpoint(tuned)
+    for part, factor in (("query", 2), ("key", 1)):
+        name = f"vit.encoder.layer.1.attention.attention.{part}.weight"
+        expected = factor * (task[name] - opened_base[name])
+        assert torch.allclose(found[name] - opened_base[name], expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@QUIET
+def test_experts_that_a_module_stacks_have_factors_all_or_none(tmp_path: Path):
+    base, tuned = base_and_tuned(tmp_path, mixtral, "nothing")
+    state = load_file(tuned / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.0.w2.weight"
+    save_file(changed(state, name), tuned / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        MergeError, match=r"'.*layers.1.*experts.1.w2.weight' did not change, and other"
+    ):
+        mp.merge_to_lora(base, [tuned], tmp_path / "out", 4)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@QUIET
+def test_without_transformers_names_are_those_of_the_file(tmp_path: Path, monkeypatch):
+    base, tuned = base_and_tuned(tmp_path, gpt_neox, "lm_head")
+
+    def missing(name: str):
+        raise ImportError(name)
+
+    monkeypatch.setattr("minipact.module_names.importlib.import_module", missing)
+    summary = mp.merge_to_lora(base, [tuned], tmp_path / "out", 4)
+    assert not any("names of" in note for note in summary["notes"])
+    assert "names" not in summary["record"]["lora"]
+    assert any(
+        "embed_out" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors")
+    )
+
+
+def test_tensors_that_a_module_joins_otherwise_are_refused(tmp_path: Path, monkeypatch):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    base = {
+        "a.weight": single(6, 6),
+        "b.weight": single(6, 6, seed=1),
+        "c.weight": single(6, 6, seed=2),
+    }
+    save_file(base, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architectures": ["Net"]}))
+    save_file(changed(base, "a.weight", "c.weight"), tmp_path / "task.safetensors")
+    inside = {"ab.weight": single(12, 6), "d.weight": single(6, 6)}
+    names = {"a.weight": ("ab.weight", True), "b.weight": ("ab.weight", True)}
+    names |= {"c.weight": ("d.weight", False)}
+    monkeypatch.setattr(
+        "minipact.module_names._loader", lambda *_: (names.__getitem__, inside, "a library")
+    )
+    job = [folder, [tmp_path / "task.safetensors"], tmp_path / "out", 2]
+    with pytest.raises(
+        MergeError, match="'a.weight' goes into 'ab.weight' in the module of a library"
+    ):
+        mp.merge_to_lora(*job)
+    summary = mp.merge_to_lora(*job, mp.Recipe(exclude="a.*"))
+    assert summary["record"]["lora"]["names"] == "a library"
+    assert [*load_file(tmp_path / "out" / "adapter_model.safetensors")] == [
+        f"{PREFIX}d.lora_A.weight", f"{PREFIX}d.lora_B.weight",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

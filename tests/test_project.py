@@ -5,13 +5,15 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
-import sys
+import shutil
+import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 import minipact
@@ -20,35 +22,53 @@ import minipact.plain
 from helpers import small_model, tuned
 from minipact.__main__ import main
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 
-def tracked() -> list[Path]:
-    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    names = done.stdout.splitlines() if done.returncode == 0 else []
-    return [path for name in names if (path := ROOT / name).is_file()]
+def package(entry: str) -> str:
+    """Name of a package in a requirement, as pip compares names."""
+    return re.split(r"[=<>~;\[ ]", entry)[0].replace("_", "-").lower()
+
+
+def pins(entries: Iterable[str]) -> dict[str, str]:
+    """Package -> version, of those that are pinned."""
+    return {package(entry): entry.split("==")[1] for entry in entries if "==" in entry}
 
 
 def test_environment_installs_the_extras():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     extras = re.fullmatch(r"-e \.\[(.*)\]", pip[0])[1].split(",")
-    assert set(extras) == {"book", "test", "encoder"} <= set(EXTRAS)
+    assert set(extras) == {"book", "docs", "test", "encoder"} <= set(EXTRAS)
+    assert f"-e '.[{','.join(extras)}]'" in (ROOT / "Makefile").read_text()
     assert "python=3.11" in environment["dependencies"]
 
 
+def test_binder_has_what_the_chapters_need():
+    environment = yaml.safe_load((ROOT / ".binder" / "environment.yml").read_text())
+    names = [entry.replace("pytorch-cpu", "torch") for entry in environment["dependencies"]]
+    found = dict(entry.split("=") for entry in names if "=" in entry)
+    assert found == pins(EXTRAS["book"]) | {"python": "3.11"}
+    assert {package(entry) for entry in PROJECT["dependencies"]} <= {package(x) for x in names}
+    assert "pip install --no-deps -e ." in (ROOT / ".binder" / "postBuild").read_text()
+
+
 def test_pins():
-    pins = dict(entry.split("==") for entry in EXTRAS["book"])
-    assert pins["jupyter-book"].startswith("1."), "2.x ignores _config.yml and builds nothing"
-    assert {"torch", "torchvision", "open_clip_torch", "numpy", "pillow"} <= set(pins)
+    book, docs = pins(EXTRAS["book"]), pins(EXTRAS["docs"])
+    assert docs["jupyter-book"].startswith("1."), "2.x ignores _config.yml and builds nothing"
+    assert {"torch", "torchvision", "open-clip-torch", "numpy", "pillow"} <= set(book)
+    assert len(docs) == len(EXTRAS["docs"]), "builders are pinned"
+    assert "torch" not in docs, "building the pages executes nothing"
     assert not any("==" in entry for entry in PROJECT["dependencies"]), "Colab keeps its own torch"
+
+
+def test_colab_gets_what_the_chapters_need_but_for_its_own_torch():
+    colab = {package(entry) for entry in EXTRAS["colab"]}
+    own = {"torch", "torchvision", "ipykernel", *(package(x) for x in PROJECT["dependencies"])}
+    assert colab == set(pins(EXTRAS["book"])) - own
+    assert not pins(EXTRAS["colab"])
 
 
 def test_versions_agree():
@@ -59,13 +79,10 @@ def test_versions_agree():
 
 def test_readme_commands_and_code():
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
-    for command in ("book", "test"):
-        assert f"make {command}" in readme
-        assert re.search(rf"^{command}:", makefile, re.M)
-    snippets = re.findall(r"```python\n(.*?)```", readme, re.S)
-    assert snippets
-    for snippet in snippets:
-        ast.parse(snippet)
+    assert re.search(r"^make book .*\nmake test ", readme, re.M)
+    for text in ("README.md", "CONTRIBUTING.md", "RELEASING.md", "book/intro.md"):
+        for command in re.findall(r"(?:`|^)make ([\w-]+)", (ROOT / text).read_text(), re.M):
+            assert re.search(rf"^{command}:", makefile, re.M), command
     for link in re.findall(r"\]\(([^)#]+)\)", readme):
         assert (ROOT / link).exists(), link
 
@@ -86,6 +103,37 @@ def test_readme_commands_run_on_the_files_of_the_zoo(
     assert Path("report.html").stat().st_size > 1e4
 
 
+def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    shutil.copy(ROOT / "minipact" / "plain.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    merge, copy = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    exec(merge, {})
+    assert load_file("merged.safetensors").keys() == load_file("data/zoo/base.safetensors").keys()
+    found = {}
+    exec(copy, found)
+    assert found["plain"].__file__ == str(tmp_path / "plain.py")
+    assert found["merged"].shape == found["W0"].shape
+
+
+@pytest.mark.parametrize("name", ["pact", "result"])
+def test_pictures_are_small_and_stand_in_readme_and_introduction(name: str):
+    path = ROOT / "book" / "_static" / f"{name}.png"
+    assert path.stat().st_size <= 40_000
+    with Image.open(path) as picture:
+        assert picture.mode == "P"
+        assert picture.width >= 1000
+    for text in ("README.md", "book/intro.md"):
+        assert f"_static/{name}.png" in (ROOT / text).read_text()
+
+
+@pytest.mark.slow
+def test_pictures_can_be_drawn_again(tmp_path: Path):
+    runpy.run_path(str(ROOT / "tools" / "pictures.py"))["main"](tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"pact.png", "result.png"}
+
+
 @pytest.mark.slow
 def test_the_demo_merges_the_zoo_and_tells_accuracies(capsys: pytest.CaptureFixture[str]):
     assert runpy.run_path(str(ROOT / "tools" / "demo.py"))["main"]() == 0
@@ -101,16 +149,6 @@ def test_readme_tells_the_recorded_times():
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"by TSV-M behind PACT in {tower:.0f} s" in readme
     assert f"in {large['seconds']:.0f} s and {large['anonymous_mb'] / 1000:.1f} GB" in readme
-
-
-def test_public_address_stands_in_one_place():
-    address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
-    name = address.removeprefix("https://")
-    texts = [
-        p for p in tracked() if p.suffix in {".md", ".py", ".toml", ".yml", ".cff", ".ipynb", ""}
-    ]
-    holders = {p.name for p in texts if name in p.read_text(errors="ignore")}
-    assert holders <= {"_config.yml"}
 
 
 def test_public_names_are_documented_in_the_reference():

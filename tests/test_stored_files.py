@@ -146,7 +146,7 @@ def test_a_folder_comes_out_with_all_that_the_base_s_holds(files: Path, capsys):
     mp.compress_files(folder, paths, files / "all.safetensors", with_base=False)
     given = ["extract", str(files / "all.safetensors"), "a", "-o", str(out)]
     assert main([*given, "--base", str(folder)]) == 0
-    assert {file.name for file in out.iterdir()} == {"model.safetensors", "config.json"}
+    assert {x.name for x in out.iterdir()} == {"model.safetensors", "config.json", "README.md"}
     expected = mp.compress(load_file(folder / "model.safetensors"), {
         name: load_file(path) for name, path in paths.items()
     })  # fmt: skip
@@ -154,12 +154,46 @@ def test_a_folder_comes_out_with_all_that_the_base_s_holds(files: Path, capsys):
     assert same(dict(open_checkpoint(out)), dict(expected.model("a")))
     mp.compress_files(folder, paths, files / "all.safetensors", overwrite=True)
     assert main([*given, "--overwrite"]) == 0
-    assert {file.name for file in out.iterdir()} == {"model.safetensors"}
+    assert {file.name for file in out.iterdir()} == {"model.safetensors", "README.md"}
     assert "note: the folder holds weights only: give --base" in capsys.readouterr().out
     sharded = ["--max-shard-size", "1KB", "--base", str(folder), "--overwrite", "--quiet"]
     assert main([*given, *sharded]) == 0
     assert len(list(out.glob("*.safetensors"))) > 1
     assert same(dict(open_checkpoint(out)), dict(expected.model("a")))
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_a_folder_has_a_card_that_tells_recipe_and_sources(files: Path, with_base: bool):
+    folder = files / "model"
+    folder.mkdir()
+    shutil.copy(files / "base.safetensors", folder / "model.safetensors")
+    config = {"model_type": "bert", "architectures": ["BertModel"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    paths = {name: files / f"{name}.safetensors" for name in "ab"}
+    done = mp.compress_files(folder, paths, files / "all.safetensors", rule="tall")
+    out, base = files / "out", folder if with_base else None
+    mp.extract_file(files / "all.safetensors", "b", out, base=base)
+    card = (out / "README.md").read_text()
+    assert "# The model of b\n" in card
+    assert "2 fine-tuned models by `tall`" in card
+    for name, path in {"the base": folder / "model.safetensors", **paths}.items():
+        assert f"| {name} | `{sha256(path)}` |" in card
+    assert ("transformers.BertModel.from_pretrained(" in card) == with_base
+    record = json.loads(card.split("```json\n")[1].split("```")[0])
+    assert record == done["record"]
+    assert json.loads(read_metadata(out / "model.safetensors")["extract"])["record"] == record
+    first = contents(out)
+    mp.extract_file(files / "all.safetensors", "b", out, base=base, overwrite=True)
+    assert contents(out) == first
+
+
+def test_what_python_stored_has_a_card_without_sources(files: Path):
+    models = {name: load_file(files / f"{name}.safetensors") for name in ("base", "a", "b")}
+    mp.compress(models.pop("base"), models).save(files / "all.safetensors")
+    mp.extract_file(files / "all.safetensors", "a", files / "out")
+    card = (files / "out" / "README.md").read_text()
+    assert "by `emr`" in card
+    assert "SHA-256 of its files" not in card
 
 
 def test_second_names_come_out_too(files: Path):

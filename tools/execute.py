@@ -1,6 +1,7 @@
 """Execute notebooks in place, under the settings of conftest.py.
 
 python tools/execute.py book/01_task_arithmetic.ipynb
+python tools/execute.py --stale book/*.ipynb     only those whose code has changed since
 """
 
 import base64
@@ -15,15 +16,17 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401  sets the environment that kernels inherit
+import stamps
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
 def smaller(png: str) -> str:
-    """The picture (base64) with a palette of 64 colours, a third of the bytes or less."""
-    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    """The picture (base64) with a palette of 64 colours, a third of the bytes or less, and its density."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png)))
     packed = io.BytesIO()
-    picture.quantize(64, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
+    few = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    few.save(packed, "PNG", optimize=True, dpi=picture.info.get("dpi", (100, 100)))
     return base64.b64encode(packed.getvalue()).decode()
 
 
@@ -36,12 +39,19 @@ def execute(path: Path) -> float:
     for output in (o for cell in notebook.cells for o in cell.get("outputs", [])):
         if "image/png" in output.get("data", {}):
             output.data["image/png"] = smaller(output.data["image/png"])
-    notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    notebook.metadata = {
+        "kernelspec": KERNEL,
+        "language_info": {"name": "python"},
+        "minipact": stamps.stamp(notebook),
+    }
     nbformat.validate(notebook)
     nbformat.write(notebook, path)
     return time.perf_counter() - started
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(f"{name}: {execute(Path(name)):.0f} s")
+    only_stale = "--stale" in sys.argv
+    for path in (Path(name) for name in sys.argv[1:] if name != "--stale"):
+        if only_stale and not stamps.is_stale(nbformat.read(path, as_version=4)):
+            continue
+        print(f"{path}: {execute(path):.0f} s", flush=True)
