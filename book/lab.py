@@ -203,7 +203,7 @@ def style() -> None:
 
 
 def gallery(columns: int = 6) -> None:
-    """A row of test images for every task, in 64 colours to keep the notebook small."""
+    """A row of test images for every task, in few colours to keep the notebook small."""
     rows = []
     for task in TASKS:
         images, labels = pictures(task)
@@ -212,7 +212,7 @@ def gallery(columns: int = 6) -> None:
             np.flatnonzero(labels == k % kinds)[k // kinds] for k in range(columns)
         ]
         rows.append(np.concatenate(list(images[first]), axis=1))
-    mosaic = Image.fromarray(np.concatenate(rows)).quantize(64).convert("RGB")
+    mosaic = Image.fromarray(np.concatenate(rows)).quantize(40).convert("RGB")
     _, ax = plt.subplots(figsize=(4.8, 5.2))
     ax.imshow(mosaic, interpolation="nearest")
     middles = [32 * i + 16 for i in range(len(TASKS))]

@@ -346,8 +346,8 @@ class Merged(Mapping[str, Tensor]):
         for name in self._chosen(names):
             parts.setdefault(self._groups[name][0].name, []).append(name)
         if threads is None:
-            ordered = [name for part in parts.values() for name in part]
-            return ((name, work(name)) for name in self._read_ahead(ordered))
+            alone = {name: [name] for part in parts.values() for name in part}
+            return ((name, work(name)) for name in self._read_ahead(alone))
 
         def work_on(first: str) -> list[tuple[str, Result]]:
             return [(name, work(name)) for name in parts[first]]
@@ -420,12 +420,12 @@ class Merged(Mapping[str, Tensor]):
     def _run(
         self,
         work: Callable[[str], Result],
-        firsts: Collection[str],
+        parts: Mapping[str, Sequence[str]],
         threads: int | None,
         room: float,
     ) -> Iterator[Result]:
-        """work(name) for the first names of groups, in order."""
-        ahead = self._read_ahead(list(firsts))
+        """work(first) for the groups whose names are given by their first ones, in order."""
+        ahead = self._read_ahead(parts)
         if threads is None:
             return map(work, ahead)
 
@@ -434,10 +434,13 @@ class Merged(Mapping[str, Tensor]):
 
         return in_threads(work, ahead, threads, size=size, room=room)
 
-    def _read_ahead(self, names: list[str]) -> Iterator[str]:
-        for name, following in zip(names, [*names[1:], *names[-1:]], strict=True):
-            self.prefetch(following)
-            yield name
+    def _read_ahead(self, parts: Mapping[str, Sequence[str]]) -> Iterator[str]:
+        """The keys, while the tensors of the next part are fetched."""
+        following = [*list(parts.values())[1:], *list(parts.values())[-1:]]
+        for first, names in zip(parts, following, strict=True):
+            for name in names:
+                self.prefetch(name)
+            yield first
 
     def _merged_vector(self, step: Step) -> Tensor | None:
         found = self._passes[self.recipe.vectors]
@@ -596,7 +599,8 @@ class Merged(Mapping[str, Tensor]):
                     share[""] = value.to_dense().clone()
 
         firsts = [name for name in names if self._groups[name][0].name == name]
-        for _ in self._run(look, firsts, part.threads, part.room):
+        parts = {first: self.together(first) for first in firsts}
+        for _ in self._run(look, parts, part.threads, part.room):
             pass
         found = [item for one in part.gather(share) for item in one.items()]
         if not found:

@@ -135,8 +135,8 @@ chapters:
 """
 URLS = """
 [project.urls]
-Repository = "https://github.com/someone/minipact"
-Documentation = "https://someone.github.io/minipact"
+Repository = "https://github.com/someone/fork"
+Documentation = "https://someone.github.io/fork"
 """
 WITHOUT_TORCH = """
 import sys
@@ -197,16 +197,16 @@ def test_without_an_address_pages_claim_none(unset: Path):
 def test_with_an_address_pages_have_buttons_and_tell_where_they_are(published: Path):
     page = soup(published / "book" / "12_least_squares.html")
     links = {link["href"].partition("?")[0] for link in page.select("a[href^=https]")}
-    own = "https://github.com/someone/minipact"
+    own = "https://github.com/someone/fork"
     assert {own, f"{own}/issues/new"} <= links
-    colab = "https://colab.research.google.com/github/someone/minipact/blob/main/book"
+    colab = "https://colab.research.google.com/github/someone/fork/blob/main/book"
     assert f"{colab}/12_least_squares.ipynb" in links
-    assert "https://mybinder.org/v2/gh/someone/minipact/main" in links
-    where = "https://someone.github.io/minipact/book/12_least_squares.html"
+    assert "https://mybinder.org/v2/gh/someone/fork/main" in links
+    where = "https://someone.github.io/fork/book/12_least_squares.html"
     assert page.select_one("link[rel=canonical]")["href"] == where
     tags = meta(page)
     assert tags["og:url"] == where
-    picture = tags["og:image"].removeprefix("https://someone.github.io/minipact/")
+    picture = tags["og:image"].removeprefix("https://someone.github.io/fork/")
     assert (published / picture).is_file()
     assert f"<loc>{where}</loc>" in (published / "sitemap.xml").read_text()
 
@@ -216,7 +216,7 @@ def test_the_front_door_leads_in_and_says_what_it_is(published: Path):
     front = soup(published / "index.html")
     assert front.select_one("meta[http-equiv=refresh]")["content"].endswith("url=book/intro.html")
     tags = meta(front)
-    assert tags["og:image"] == "https://someone.github.io/minipact/_static/result.png"
+    assert tags["og:image"] == "https://someone.github.io/fork/_static/result.png"
     assert (published / "_static" / "result.png").is_file()
     assert tags["og:title"].startswith("minipact")
 

@@ -58,6 +58,10 @@ def test_formulas_need_no_network():
 def test_only_thebe_is_left_out():
     kept = SimpleNamespace(handler=Path.exists)
     gone = SimpleNamespace(handler=SimpleNamespace(__module__="sphinx_thebe"))
-    app = SimpleNamespace(events=SimpleNamespace(listeners={"builder-inited": [kept, gone]}))
+    app = SimpleNamespace(
+        events=SimpleNamespace(listeners={"builder-inited": [kept, gone]}),
+        registry=SimpleNamespace(css_files=[("book.css", {}), ("sphinx-thebe.css", {})]),
+    )
     offline.drop_thebe(app)
     assert app.events.listeners == {"builder-inited": [kept]}
+    assert app.registry.css_files == [("book.css", {})]

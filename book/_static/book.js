@@ -75,7 +75,15 @@
     }
   }
 
+  // Whoever closes a menu by the Escape key is back at the button that opened it.
+  function returnToButton(side) {
+    const button = document.querySelector(`.${side}-toggle`);
+    const menu = document.getElementById(`pst-${side}-sidebar-modal`);
+    menu?.addEventListener("cancel", () => setTimeout(() => button?.focus()));
+  }
+
   document.addEventListener("DOMContentLoaded", async () => {
+    ["primary", "secondary"].forEach(returnToButton);
     await window.MathJax?.startup?.promise;
     document.querySelectorAll("mjx-container").forEach(wrapFormula);
     document.querySelectorAll("span.math").forEach(keepPunctuation);

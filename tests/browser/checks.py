@@ -22,7 +22,7 @@ HELP = """No browser was found. Any of these helps:
 SIZES = {"desktop": (1280, 900), "tablet": (820, 1180), "phone": (375, 812)}
 THEMES = ("light", "dark")
 PAPER = (718, 1000)  # A4 less margins of a centimetre, in pixels of the page
-WAIT = 60_000  # milliseconds; machines of continuous integration are slow at times
+WAIT = 120_000  # milliseconds; machines of continuous integration are slow at times
 LOOK = (Path(__file__).parent / "faults.js").read_text(encoding="utf-8")
 READY = """async () => {
   await window.MathJax?.startup?.promise;
@@ -110,11 +110,13 @@ def inaccessible(page: Page) -> list[str]:
 # ---- Things to click -----------------------------------------------------------------------------
 
 
-def acts(page: Page, button: Locator, back: str = "") -> list[str]:
-    """A click changes what is shown; another, or a key, changes it back."""
-    return answers(
-        page, button, button.click, lambda: page.keyboard.press(back) if back else button.click()
-    )
+def acts(page: Page, button: Locator, key: str = "") -> list[str]:
+    """A click changes what is shown; another, or a key, changes it back and returns to the button."""
+    back = (lambda: page.keyboard.press(key)) if key else button.click
+    found = answers(page, button, button.click, back)
+    if key and not found and not button.evaluate("button => button === document.activeElement"):
+        found.append(f"loses the reader's place: {name_of(button)}")
+    return found
 
 
 def drops(page: Page, button: Locator) -> list[str]:
