@@ -212,7 +212,7 @@ def gallery(columns: int = 6) -> None:
             np.flatnonzero(labels == k % kinds)[k // kinds] for k in range(columns)
         ]
         rows.append(np.concatenate(list(images[first]), axis=1))
-    mosaic = Image.fromarray(np.concatenate(rows)).quantize(40).convert("RGB")
+    mosaic = Image.fromarray(np.concatenate(rows)).quantize(32).convert("RGB")
     _, ax = plt.subplots(figsize=(4.8, 5.2))
     ax.imshow(mosaic, interpolation="nearest")
     middles = [32 * i + 16 for i in range(len(TASKS))]

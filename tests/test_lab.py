@@ -99,3 +99,15 @@ def test_what_it_refuses(shown: list[HTML], wrong, said: str):
         lab.slider(wrong(), "height")
     assert not shown
     plt.close("all")
+
+
+def test_a_paired_lead_by_hand():
+    ours, theirs = np.array([True, True, False, True]), np.array([True, False, False, False])
+    ahead, half = lab.paired(ours, theirs)
+    assert ahead == 50
+    assert half == pytest.approx(1.96 * 100 * np.std([0, 1, 0, 1], ddof=1) / 2)
+
+
+def test_means_over_draws_are_paired_alike():
+    draws = np.array([[True, False], [False, False]])
+    assert lab.paired(draws.mean(0), np.zeros(2))[0] == 25

@@ -21,10 +21,10 @@ def title_of(notebook: dict) -> str:
     return "".join(notebook["cells"][0]["source"]).splitlines()[0].removeprefix("# ")
 
 
-def runs(folder: Path) -> list[list[str]]:
+def runs(chapters: Iterable[Path]) -> list[list[str]]:
     """Chapter, and the day and versions of its last execution, as tools/execute.py noted them."""
     found = []
-    for path in sorted(folder.glob("*.ipynb")):
+    for path in chapters:
         notebook = json.loads(path.read_text(encoding="utf-8"))
         noted = notebook["metadata"].get("minipact", {})
         row = [
@@ -46,10 +46,11 @@ class Colophon(SphinxDirective):
     """The two tables."""
 
     def run(self) -> list[nodes.Node]:
-        folder = Path(self.env.doc2path(self.env.docname)).parent
-        for path in folder.glob("*.ipynb"):
+        files = [Path(self.env.doc2path(page)) for page in sorted(self.env.found_docs)]
+        chapters = [file for file in files if file.suffix == ".ipynb"]
+        for path in chapters:
             self.env.note_dependency(str(path))
-        lines = table(["chapter", "last run", "Python", "PyTorch", "NumPy"], runs(folder))
+        lines = table(["chapter", "last run", "Python", "PyTorch", "NumPy"], runs(chapters))
         lines += table(
             ["pages built with", "version"], [[name, version(name)] for name in BUILDERS]
         )

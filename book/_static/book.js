@@ -79,7 +79,9 @@
   function returnToButton(side) {
     const button = document.querySelector(`.${side}-toggle`);
     const menu = document.getElementById(`pst-${side}-sidebar-modal`);
-    menu?.addEventListener("cancel", () => setTimeout(() => button?.focus()));
+    menu?.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") setTimeout(() => button.focus());
+    });
   }
 
   document.addEventListener("DOMContentLoaded", async () => {
