@@ -499,10 +499,14 @@ def by_pieces(function: Callable[..., tuple[Tensor, ...]], *stacks: Tensor) -> t
     size = max(1, PIECE // max(1, *(x[0].numel() for x in stacks)))
     if stacks[0].ndim > 3 or len(stacks[0]) <= size:
         return function(*stacks)
-    pieces = [
-        function(*piece) for piece in zip(*(torch.split(x, size) for x in stacks), strict=True)
-    ]
-    return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+    whole: tuple[Tensor, ...] = ()
+    for start in range(0, len(stacks[0]), size):
+        found = function(*(x[start : start + size] for x in stacks))
+        if not whole:
+            whole = tuple(x.new_empty(len(stacks[0]), *x.shape[1:]) for x in found)
+        for x, part in zip(whole, found, strict=True):
+            x[start : start + size] = part
+    return whole
 
 
 def unit_tasks(D: Tensor) -> Tensor:
@@ -593,12 +597,12 @@ def lbw_bases(v0: Tensor, updates: Tensor, tol: float) -> tuple[Tensor, Tensor]:
     return frame, span_bases(core - own @ (own.mT @ core), tol)
 
 
-def unions_of_others(bases: Tensor, tol: float) -> Tensor:
-    """For each task the span [..., T, q, p] of all bases [..., T, q, r] but its own, padded."""
-    tasks = bases.shape[-3]
-    others = torch.arange(1, tasks).add(torch.arange(tasks).unsqueeze(1)).remainder(tasks)
+def unions_of_others(bases: Tensor, tol: float, tasks: Tensor) -> Tensor:
+    """For some tasks [S] the span [..., S, q, p] of all bases [..., T, q, r] but its own, padded."""
+    count = bases.shape[-3]
+    others = (tasks.cpu().unsqueeze(1) + torch.arange(1, count)).remainder(count)
     chosen = bases.index_select(-3, others.flatten().to(bases.device))
-    chosen = chosen.view(*bases.shape[:-3], tasks, tasks - 1, *bases.shape[-2:])
+    chosen = chosen.view(*bases.shape[:-3], len(tasks), count - 1, *bases.shape[-2:])
     return span_bases(side_by_side(chosen), tol)
 
 
@@ -677,11 +681,11 @@ def pact(
     v0 = core_directions(W0, core, svd, generator)
     frame, bases = lbw_bases(v0, update_directions(D, task, svd, generator), tol)
 
-    def filtered(d: Tensor, union: Tensor) -> tuple[Tensor]:
-        around = frame if d.ndim == 3 else frame.unsqueeze(-3)
-        return (without_directions(d, around @ union, strength),)
+    def filtered(d: Tensor, tasks: Tensor) -> tuple[Tensor]:
+        shields = frame.unsqueeze(-3) @ unions_of_others(bases, tol, tasks)
+        return (without_directions(d, shields, strength),)
 
-    return by_pieces(filtered, D, unions_of_others(bases, tol))[0]
+    return by_pieces(filtered, D, torch.arange(D.shape[-3]))[0]
 
 
 @_method("purifier", "matrix", "Shi et al. 2026, arXiv 2606.18627", "base generator", batched=True)
