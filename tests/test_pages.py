@@ -223,7 +223,7 @@ def test_the_front_door_leads_in_and_says_what_it_is(published: Path):
 
 @pytest.mark.slow
 def test_the_page_for_lost_readers_works_below_any_address(published: Path, unset: Path):
-    for site, root in ((published, "/minipact/"), (unset, "")):
+    for site, root in ((published, "/fork/"), (unset, "")):
         page = soup(site / "404.html")
         assert page.select_one("link[rel=canonical]") is None
         found = [tag.get("href") or tag.get("src") for tag in page.select("[href], [src]")]
