@@ -6,9 +6,11 @@ needs is written in the registry, `minipact.methods`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -77,38 +79,32 @@ class Calls:
     def _by_entry(self, use: Applied, answer: Answer, group: Group, D: Tensor) -> Tensor:
         if not use.takes_blocks(answer):
             return self._one_by_one(use, answer, group, D)
-        with _blaming(group[0], use):
-            found = use.method.function(D, **self._keywords(use, group[0]), **answer)
-            expected = D if use.method.kind == "purifier" else D[0]
-            return _checked(found, expected, use.method)
+        return _result(use, group[0], [D], self._keywords(use, group[0]) | answer)
 
     def _by_matrix(
         self, use: Applied, answer: Answer, group: Group, D: Tensor, W0: Tensor | None
     ) -> Tensor:
-        if not use.method.batched or not bool(D.transpose(0, 1).flatten(1).any(1).all()):
+        inputs = [D.transpose(0, 1)]
+        if not use.method.batched or not _all_change(inputs[0]):
             return self._one_by_one(use, answer, group, D)  # which lets zeros be
-        turned = use.sees_transposed(group[0].kind)
-        given = D.transpose(0, 1)
-        inputs = [given.mT if turned else given]
         if W0 is not None and "base" in use.method.needs:
-            inputs.insert(0, W0.mT if turned else W0)
+            inputs.insert(0, W0)
         keywords: dict[str, Any] = use.clipped(group[0].shape)
         if "generator" in use.method.needs:
             keywords["generator"] = [named_generator(self.seed, step.name) for step in group]
         try:
-            found = _batch(use, group[0], inputs, keywords | answer)
+            return _turned(use, group[0], _several, inputs, keywords | answer)
         except MergeError:
             return self._one_by_one(use, answer, group, D)  # which names the tensor
-        return found.mT if turned else found
 
     def _one_by_one(self, use: Applied, answer: Answer, group: Group, D: Tensor) -> Tensor:
         """Run a method on the tensors of a group for themselves; the result is as of all at once."""
         sizes = [step.entries for step in group]
         parts = zip(group, torch.split(D.flatten(1), sizes, 1), strict=True)
         found = [self.on_tensor(use, answer, step, x.view(-1, *step.shape)) for step, x in parts]
-        purifies = use.method.kind == "purifier"
-        flat = torch.cat([x.reshape(len(D), -1) if purifies else x.flatten() for x in found], -1)
-        return flat.view(D.shape if purifies else D.shape[1:])
+        if use.purifies:
+            return torch.cat([x.flatten(1) for x in found], 1).view(D.shape)
+        return torch.cat([x.flatten() for x in found]).view(D.shape[1:])
 
     # -- factors -----------------------------------------------------------------------------------
 
@@ -142,78 +138,11 @@ class Calls:
     @torch.no_grad()
     def on_tensor(self, use: Applied, answer: Answer, step: Step, D: Tensor) -> Tensor:
         """Run one purifier or rule on one tensor."""
-        purifies = use.method.kind == "purifier"
         if use.method.acts_on == "matrix" and is_zero(D):
-            return D if purifies else D[0]
+            return use.like_result(D)
         inputs, keywords = self._arguments(use, step, D)
-        if use.sees_slices(step.kind) and use.method.batched:
-            result = self._of_stack(use, answer, step, inputs, keywords)
-        elif use.sees_slices(step.kind):
-            parts = [
-                self._of_slice(use, answer, step, inputs, keywords, e) for e in range(step.shape[0])
-            ]
-            result = torch.stack(parts, dim=-3)
-        else:
-            result = self._result(use, answer, step, inputs, keywords)
-        return result.mT if use.sees_transposed(step.kind) else result
-
-    def _of_stack(
-        self,
-        use: Applied,
-        answer: Answer,
-        step: Step,
-        inputs: list[Tensor],
-        keywords: dict[str, Any],
-    ) -> Tensor:
-        """Run a method for matrices on a stack [..., E, m, n], as many at once as a group may have."""
-        size = max(1, GROUP // (sum(x.numel() for x in inputs) // step.shape[0]))
-        pieces = list(zip(*(torch.split(x, size, -3) for x in inputs), strict=True))
-        several: dict[str, Any] = dict(keywords)
-        found = []
-        for number, piece in enumerate(pieces):
-            D = piece[-1].transpose(0, 1)
-            if "generator" in keywords:
-                several["generator"] = [keywords["generator"]] * len(D)
-            if len(D) > 1 and bool(D.flatten(1).any(1).all()):
-                found.append(_batch(use, step, [*piece[:-1], D], several | answer))
-                continue
-            each = range(number * size, number * size + len(D))
-            parts = [self._of_slice(use, answer, step, inputs, keywords, e) for e in each]
-            found.append(torch.stack(parts, dim=-3))
-        return torch.cat(found, dim=-3)
-
-    def _of_slice(
-        self,
-        use: Applied,
-        answer: Answer,
-        step: Step,
-        inputs: list[Tensor],
-        keywords: dict[str, Any],
-        number: int,
-    ) -> Tensor:
-        """Run a method for matrices on one slice of a stack [..., E, m, n]."""
-        given = [_slice(x, number) for x in inputs]
-        if is_zero(given[-1]):
-            nothing: Tensor = given[-1] if use.method.kind == "purifier" else given[-1][0]
-            return nothing
-        named = {name: _slice(x, number) for name, x in keywords.items()}
-        return self._result(use, answer, step, given, named)
-
-    def _result(
-        self,
-        use: Applied,
-        answer: Answer,
-        step: Step,
-        inputs: list[Tensor],
-        keywords: dict[str, Any],
-    ) -> Tensor:
-        """What a method returns, checked."""
-        given = inputs[-1]
-        expected = given if use.method.kind == "purifier" else given[0]
-        with _blaming(step, use):
-            result = use.method.function(*inputs, **keywords, **answer)
-            checked = _checked(result, expected, use.method)
-        return checked
+        run = partial(_stack if use.sees_slices(step.kind) else _result, fixed=answer)
+        return _turned(use, step, run, inputs, keywords)
 
     def _arguments(
         self, use: Applied, step: Step, D: Tensor
@@ -223,8 +152,6 @@ class Calls:
         inputs = [D]
         if "base" in use.method.needs:  # a copy for functions of strangers, who might change it
             inputs.insert(0, self.base[step.name].to(D, copy=not is_built_in(use.method)))
-        if use.sees_transposed(step.kind):
-            inputs = [x.mT for x in inputs]
         return inputs, keywords | self._tuned(use, step, D) | self._statistics_of(use, step.name, D)
 
     def _keywords(self, use: Applied, step: Step) -> dict[str, Any]:
@@ -270,7 +197,7 @@ class Calls:
         if not use.sees_slices(step.kind):
             return measure(D, **given).cpu()
         return added(
-            measure(_slice(D, e), **{kind: _slice(x, e) for kind, x in given.items()}).cpu()
+            measure(one_of(D, e), **{kind: one_of(x, e) for kind, x in given.items()}).cpu()
             for e in range(step.shape[0])
         )
 
@@ -300,17 +227,93 @@ def _checked(result: object, expected: Tensor, method: Method) -> Tensor:
     return result.to(expected)
 
 
-def _batch(use: Applied, step: Step, inputs: list[Tensor], keywords: dict[str, Any]) -> Tensor:
-    """What a method returns for several matrices at once, D [G, T, m, n]: [T, G, m, n], or [G, m, n]."""
-    D = inputs[-1]
-    purifies = use.method.kind == "purifier"
+Run = Callable[[Applied, Step, list[Tensor], dict[str, Any]], Tensor]
+
+
+def _turned(
+    use: Applied, step: Step, run: Run, inputs: list[Tensor], keywords: dict[str, Any]
+) -> Tensor:
+    """run(...) on matrices as the method sees them, and its result as they are stored."""
+    if not use.sees_transposed(step.kind):
+        return run(use, step, inputs, keywords)
+    return run(use, step, [x.mT for x in inputs], keywords).mT
+
+
+def _result(
+    use: Applied,
+    step: Step,
+    inputs: list[Tensor],
+    keywords: dict[str, Any],
+    fixed: Mapping[str, Any] = MappingProxyType({}),
+) -> Tensor:
+    """What a method returns for one tensor, checked."""
     with _blaming(step, use):
-        result = use.method.function(*inputs, **keywords)
-        found = _checked(result, D if purifies else D[:, 0], use.method)
-    return found.transpose(0, 1) if purifies else found
+        found = use.method.function(*inputs, **keywords, **fixed)
+        return _checked(found, use.like_result(inputs[-1]), use.method)
 
 
-def _slice(x: Any, number: int) -> Any:
+def _several(
+    use: Applied,
+    step: Step,
+    inputs: list[Tensor],
+    keywords: dict[str, Any],
+    fixed: Mapping[str, Any] = MappingProxyType({}),
+) -> Tensor:
+    """What a method returns for several matrices at once, D [G, T, m, n]: [T, G, m, n], or [G, m, n]."""
+    expected = use.like_result(inputs[-1].transpose(0, 1))
+    with _blaming(step, use):
+        found = use.method.function(*inputs, **keywords, **fixed)
+        if use.purifies and isinstance(found, Tensor):
+            found = found.transpose(0, 1)
+        return _checked(found, expected, use.method)
+
+
+def _stack(
+    use: Applied, step: Step, inputs: list[Tensor], keywords: dict[str, Any], fixed: Answer
+) -> Tensor:
+    """Run a method for matrices on a stack [..., E, m, n], on as many at once as a group may have."""
+    experts = inputs[-1].shape[-3]
+    size = 1
+    if use.method.batched:
+        size = max(1, GROUP // (sum(x.numel() for x in inputs) // experts))
+    starts = range(0, experts, size)
+    parts = [_part(use, step, inputs, keywords, fixed, slice(i, i + size)) for i in starts]
+    return torch.cat(parts, dim=-3)
+
+
+def _part(
+    use: Applied,
+    step: Step,
+    inputs: list[Tensor],
+    keywords: dict[str, Any],
+    fixed: Answer,
+    which: slice,
+) -> Tensor:
+    """Run a method on some matrices of a stack: together where all change, else one by one."""
+    *before, D = (x[..., which, :, :] for x in inputs)
+    count = D.shape[-3]
+    if count > 1 and _all_change(D.transpose(0, 1)):
+        several = dict(keywords)
+        if "generator" in keywords:
+            several["generator"] = [keywords["generator"]] * count
+        return _several(use, step, [*before, D.transpose(0, 1)], several, fixed)
+    found = []
+    for e in range(count):
+        given = [x.select(-3, e) for x in (*before, D)]
+        if is_zero(given[-1]):
+            found.append(use.like_result(given[-1]))
+            continue
+        own = {name: one_of(x, which.start + e) for name, x in keywords.items()}
+        found.append(_result(use, step, given, own, fixed))
+    return torch.stack(found, dim=-3)
+
+
+def _all_change(D: Tensor) -> bool:
+    """Whether some task changes each of the matrices, D [G, T, m, n]: one wait for the device."""
+    return bool(D.flatten(1).any(1).all())
+
+
+def one_of(x: Any, number: int) -> Any:
     """One matrix of a stack [..., E, m, n]; what is no tensor as it is."""
     return x.select(-3, number) if isinstance(x, Tensor) else x
 

@@ -56,7 +56,7 @@ from minipact.parallel import cores, memory
 from minipact.recipe import Recipe, as_globs
 from minipact.statistics_files import ByTask, check_recorded, matched, naming_files, open_statistics
 from minipact.steps import Step
-from minipact.tensors import State, in_pieces, rounded_update
+from minipact.tensors import State, rounded_update
 from minipact.version import __version__
 from minipact.vocabulary import Union, lost_tokens, union_of, united, write_union
 
@@ -862,12 +862,11 @@ def _merge_share(
     merged.prepare(
         _share_of(merged, merged), gather=distributed.from_all, threads=workers, room=room
     )
-    mine = _share_of(merged, [x for x in merged if not output.done.issuperset(places[x])])
+    mine = _share_of(merged, {x for x in merged if not output.done.issuperset(places[x])})
 
     def work(name: str) -> tuple[Tensor, list[float]]:
         base, delta, factor = merged.parts(name)
-        pieces = None if delta is None else in_pieces(delta, delta.device)
-        tensor, *norms = rounded_update(name, base, pieces, factor, merged.meta(name).dtype)
+        tensor, *norms = rounded_update(name, base, delta, factor, merged.meta(name).dtype)
         return tensor, norms
 
     noise = signal = 0.0
@@ -885,15 +884,10 @@ def _merge_share(
 
 def _share_of(merged: Merged, names: Collection[str]) -> set[str]:
     """Those of some tensors that are this process'; what is computed in one go stays together."""
-    firsts: dict[str, str] = {}
-    costs: dict[str, float] = {}
-    for name in names:
-        if name not in firsts:
-            together = merged.together(name)
-            firsts |= dict.fromkeys(together, together[0])
-        costs[firsts[name]] = costs.get(firsts[name], 0.0) + _cost(merged.steps[name])
+    parts = [[name for name in group if name in names] for group in merged.groups]
+    costs = {part[0]: sum(_cost(merged.steps[name]) for name in part) for part in parts if part}
     mine = distributed.share(costs)
-    return {name for name in names if firsts[name] in mine}
+    return {name for part in parts if part and part[0] in mine for name in part}
 
 
 def _cost(step: Step) -> float:
@@ -918,7 +912,8 @@ def _held(merged: Merged) -> int:
 def memory_needed(job: Job, threads: int | None) -> int:
     """Bytes that the tensors in work will take together at most, about, beside what torch itself takes."""
     workers, room = at_once(job.merged, threads)
-    sizes = sorted((step.entries for step in job.merged.steps.values()), reverse=True)
+    steps, groups = job.merged.steps, job.merged.groups
+    sizes = sorted((sum(steps[name].entries for name in group) for group in groups), reverse=True)
     largest = sizes[0] if sizes else 0
     return round(_held(job.merged) * max(largest, min(room, sum(sizes[: 4 * workers]))))
 

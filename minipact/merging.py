@@ -306,6 +306,13 @@ class Merged(Mapping[str, Tensor]):
         """Names of the small tensors that are computed in one go with a tensor, in order, itself too."""
         return tuple(step.name for step in self._groups[name])
 
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """Names of all tensors, those that are computed in one go together; see `minipact.groups`."""
+        return [
+            self.together(name) for name, group in self._groups.items() if group[0].name == name
+        ]
+
     def map(
         self,
         work: Callable[[str], Result],
@@ -496,7 +503,8 @@ class Merged(Mapping[str, Tensor]):
         delta = next(parts)
         if delta.numel() < step.entries:
             delta = _joined(delta, parts, step.entries)
-        return None if is_zero(delta) else delta.view(step.shape)
+        delta = delta.view(step.shape)
+        return None if is_zero(delta) else delta
 
     def _task_matrices(
         self, step: Step, purifiers: Sequence[Applied], answers: Answers, by_entry: bool

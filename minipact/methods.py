@@ -268,6 +268,8 @@ def is_finite(x: Tensor) -> bool:
 
 def is_zero(x: Tensor) -> bool:
     """Whether all entries are zero."""
+    if x.dim() > 1 and x.numel() > 4096 and x.device.type == "cpu" and not is_zero(x[0]):
+        return False  # as most tensors tell by their first rows
     return not bool(x.any())
 
 

@@ -118,9 +118,18 @@ class Applied:
         return self.method.name
 
     @property
+    def purifies(self) -> bool:
+        """Whether it turns task matrices into task matrices, and is no rule."""
+        return self.method.kind == "purifier"
+
+    def like_result(self, D: Tensor) -> Tensor:
+        """A tensor of the shape that it makes of D [T, ...]: D itself, or its first task, [...]."""
+        return D if self.purifies else D[0]
+
+    @property
     def effective(self) -> dict[str, object]:
         """All options, defaults too, as a recipe holds them."""
-        if self.method.kind != "purifier":
+        if not self.purifies:
             return dict(self.options)
         return {**self.options, "scope": None if self.scope == ("*",) else self.scope}
 
@@ -153,9 +162,8 @@ class Applied:
 
     def sees_transposed(self, kind: str) -> bool:
         """Whether it sees tensors of this kind transposed, so that inputs are columns."""
-        method = self.method
-        sided = method.sided or method.kind == "purifier"
-        return kind.endswith("_T") and method.acts_on == "matrix" and sided
+        sided = self.method.sided or self.purifies
+        return kind.endswith("_T") and self.method.acts_on == "matrix" and sided
 
     def sees_slices(self, kind: str) -> bool:
         """Whether it sees tensors of this kind matrix by matrix."""
@@ -231,7 +239,7 @@ def applied_methods(recipe: Recipe, base: State) -> tuple[Applied, ...]:
 
 def check_chain(uses: Sequence[Applied], weights: Mapping[str, float]) -> None:
     """Raise MergeError where a purifier of the fine-tuned weights themselves would see changed ones."""
-    purifiers = [use for use in uses if use.method.kind == "purifier"]
+    purifiers = [use for use in uses if use.purifies]
     for place, use in enumerate(purifiers):
         if "tuned" not in use.method.needs:
             continue
@@ -411,7 +419,7 @@ def step_of(name: str, x: Tensor, kind: str, uses: Sequence[Applied], vectors: s
             rule, factor = "sum", vectors
         return Step(name, shape, x.dtype, kind, (), rule, factor)
     acting = [use for use in uses if use.acts_on(name, kind)]
-    purify = tuple(use.name for use in acting if use.method.kind == "purifier")
+    purify = tuple(use.name for use in acting if use.purifies)
     how = uses[-1].name if uses[-1] in acting else "mean"
     spectral = any(use.method.acts_on == "matrix" for use in acting)
     return Step(name, shape, x.dtype, kind, purify, how, spectral=spectral)
@@ -421,7 +429,7 @@ def check_work(use: Applied, steps: Iterable[Step]) -> None:
     """Raise MergeError where a purifier finds no tensor, or a count of directions fits none of them."""
     steps, name = list(steps), use.name
     sizes = [min(s.shape[-2:], default=1) for s in steps if name in (*s.purify, s.rule)]
-    idle = use.method.kind == "purifier" or all(s.rule == "copy" for s in steps)
+    idle = use.purifies or all(s.rule == "copy" for s in steps)
     if not sizes and idle:
         raise MergeError(
             f"{name} has no tensor to work on: see scope, include, exclude and vectors"

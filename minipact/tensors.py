@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,47 +32,55 @@ def add_update(
     dtype None, and any for integers, is the base's. Raises MergeError, naming the tensor, where the result
     overflows.
     """
-    pieces = None if delta is None else in_pieces(delta, delta.device)
-    return rounded_update(name, base, pieces, factor, dtype)[0]
+    return rounded_update(name, base, delta, factor, dtype)[0]
 
 
 @torch.no_grad()
 def rounded_update(
-    name: str,
-    base: Tensor,
-    pieces: Iterable[Tensor] | None,
-    factor: float,
-    dtype: torch.dtype | None = None,
+    name: str, base: Tensor, delta: Tensor | None, factor: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, float, float]:
     """`add_update`, and squared norms of what rounding to a half type adds, and of factor * delta.
 
-    Delta comes in pieces of its entries, end to end, on one device; where all are zero, the base is copied.
     Both norms are 0 where the result is of a wider type, or a copy.
     """
     if dtype is None or not base.is_floating_point():
         dtype = base.dtype
-    is_half = dtype.is_floating_point and dtype.itemsize < 4
-    merged, flat, start = torch.empty(0), base.flatten(), 0
-    noise = signal = 0.0
-    is_changed = False
-    for d in pieces or () if factor else ():
-        if not start:
-            merged = torch.empty(base.numel(), dtype=dtype, device=d.device)
-        end = start + d.numel()
-        # on a device, where looking takes a wait, who made the pieces has looked
-        is_changed = is_changed or d.device.type != "cpu" or not is_zero(d)
-        exact = torch.add(flat[start:end].to(d), d, alpha=factor)
-        out = merged[start:end].copy_(exact)
-        if is_half:
-            noise += float(vector_norm(exact.sub_(out.to(d)), dtype=torch.float64)) ** 2
-            signal += float(vector_norm(d, dtype=torch.float64)) ** 2
-        start = end
-    merged = merged.view(base.shape) if is_changed else base.to(dtype, copy=True)
+    is_on_cpu = delta is not None and delta.device.type == "cpu"
+    # on a device looking takes a wait, and who made delta has looked
+    if delta is None or factor == 0 or (is_on_cpu and is_zero(delta)):
+        merged, noise, signal = base.to(dtype, copy=True), 0.0, 0.0
+    else:
+        merged, noise, signal = _updated(base, delta, factor, dtype)
     merged = merged.cpu()  # before the check, which would wait for the device
     if not is_finite(merged) and is_finite(base):
         hint = "check the base, take a smaller scale or a wider dtype"
         raise MergeError(f"tensor '{name}' of the result overflows {merged.dtype}: {hint}")
+    return merged, noise, signal
+
+
+def _updated(
+    base: Tensor, delta: Tensor, factor: float, dtype: torch.dtype
+) -> tuple[Tensor, float, float]:
+    """base + factor * delta in dtype, and the two norms of `rounded_update`; piece by piece."""
+    merged = torch.empty(base.shape, dtype=dtype, device=delta.device)
+    measures = dtype.is_floating_point and dtype.itemsize < 4
+    noise = signal = 0.0
+    pieces = (in_pieces(x, delta.device) for x in (merged, base, delta))
+    for out, start, d in zip(*pieces, strict=True):
+        exact = torch.add(start.to(d), d, alpha=factor)
+        out.copy_(exact)
+        if measures:
+            noise += _squared_norm(exact.sub_(out.to(d)))
+            signal += _squared_norm(d)
     return merged, noise, signal * factor**2
+
+
+def _squared_norm(x: Tensor) -> float:
+    """Sum of squares, in float64 where squares in float32 would not do."""
+    norm = float(vector_norm(x))
+    if not 1e-12 < norm < 1e12:
+        norm = float(vector_norm(x, dtype=torch.float64))
+    return norm**2
 
 
 _PIECE = 1 << 18  # entries; fewer make more work of the calls than of the numbers

@@ -285,3 +285,22 @@ def test_wrong_answers_of_chapters_1_to_3(name, inputs, spoil, said: str):
     assert verdict(right, right) == verdict(right.float(), right) == "right"
     assert verdict(normal(*right.shape, seed=9), right) != "right"
     assert said in verdict(spoil(right, **inputs), right)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda x, e, f, claims: 1 / (1 + claims * torch.outer(f, e)), "transposed?"),
+        (lambda x, e, f, claims: 1 / (1 + claims * f), "[3], and [2, 3] is wanted"),
+        (lambda x, e, f, claims: 1 / (1 + claims * (e[:, None] + f)), "the values differ"),
+        (lambda x, e, f, claims: 1 - x, "the values differ"),
+        (lambda x, e, f, claims: torch.zeros(2, 3), "all entries are zero"),
+        (lambda x, e, f, claims: normal(2, 3, seed=9), "the values differ"),
+    ],
+)
+def test_chapter_9_by_hand(spoil, said: str):
+    claimed = {"e": torch.tensor([3.0, 0.0]), "f": torch.tensor([2.0, 0.5, 0.0]), "claims": 2.0}
+    right = check.share(**claimed)
+    assert torch.allclose(right, torch.tensor([[1 / 13, 1 / 4, 1], [1, 1, 1]]))
+    assert verdict(right, right) == verdict(right.double(), right) == "right"
+    assert said in verdict(spoil(right, **claimed), right)
