@@ -91,6 +91,8 @@ family: venv  ## measure what the table of the whole family lacks (an hour of on
 bench: .venv-bench/installed  ## speed and memory next to mergekit and fusion-bench, as JSON in benchmarks/results
 	PYTHONPATH=. .venv-bench/bin/python benchmarks/full_scale.py
 	PYTHONPATH=. .venv-bench/bin/python benchmarks/randomized.py
+	PYTHONPATH=.:data .venv-bench/bin/python benchmarks/peers.py
+	PYTHONPATH=. .venv-bench/bin/python benchmarks/disk.py
 
 bench-gpu: venv  ## where the time of a merge goes on a GPU, as JSON in benchmarks/results (says so where none is)
 	$(BIN)/python benchmarks/gpu.py

@@ -1,19 +1,19 @@
 """Whole merges at real sizes: minipact, its methods as bare equations (minipact/plain.py), other packages.
 
     python benchmarks/full_scale.py                 all parts but llm, a quarter of an hour on 2 cores
-    python benchmarks/full_scale.py --only disk     one part: blocks, stages, growth, peers, whole, disk, llm
+    python benchmarks/full_scale.py --only disk     one part: blocks, stages, growth, whole, disk, llm
 
 The part llm takes half an hour and up to 62 GB of disk.
 
 Everything is compared on the same files or tensors, in one run, taking turns; medians and ratios go to
-benchmarks/results/full_scale_<machine>.json. fusion-bench and mergekit take part where they are installed.
+benchmarks/results/full_scale_<machine>.json. mergekit takes part where it is installed; fusion-bench has a
+benchmark of its own, peers.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import math
@@ -244,57 +244,6 @@ def growth(rounds: int) -> dict[str, Any]:
     return found
 
 
-def peers(rounds: int) -> dict[str, Any]:
-    """Rules on one ViT-B block and eight tasks in memory, against fusion-bench's functions."""
-    if importlib.util.find_spec("fusion_bench") is None:
-        return {"left_out": "fusion-bench is not installed"}
-    from fusion_bench.method.dare.utils import param_random_drop_
-    from fusion_bench.method.isotropic_merging.iso_utils import iso_c
-    from fusion_bench.method.task_singular_vector.utils import TSVM_utils
-    from fusion_bench.method.ties_merging.ties_merging_utils import ties_merging
-
-    base, tasks = block_models(8)
-    vectors = [{n: task[n] - base[n] for n in base} for task in tasks]
-    flat = torch.stack([torch.cat([x.flatten() for x in v.values()]) for v in vectors])
-    workers = os.cpu_count() or 1
-
-    def ours(rule: str, **more: Any) -> Callable[[], Any]:
-        def job() -> list[Any]:
-            torch.set_num_threads(1)
-            merged = mp.Merged(base, tasks, rule=rule, **more)
-            return list(merged.map(merged.parts, threads=workers))
-
-        return job
-
-    def dropped(v: Tensor) -> Tensor:
-        kept = v.clone()
-        param_random_drop_(kept, 0.9, True)
-        return kept
-
-    svd_of = TSVM_utils.compute_and_sum_svd_mem_reduction
-    pairs: dict[str, dict[str, Callable[[], Any]]] = {
-        "ties": {
-            "fusion-bench": lambda: ties_merging(
-                flat.clone(), reset_thresh=20, merge_func="dis-mean"
-            ),
-            "minipact": ours("ties"),
-        },
-        "tsv_m": {
-            "fusion-bench": lambda: svd_of(vectors, accelerator="cpu"),
-            "minipact": ours("tsv_m"),
-        },
-        "iso_c": {
-            "fusion-bench": lambda: iso_c(vectors, accelerator="cpu"),
-            "minipact": ours("iso_c"),
-        },
-        "dare": {
-            "fusion-bench": lambda: sum(dropped(v) for v in flat),
-            "minipact": ours("task_arithmetic", purify="dare"),
-        },
-    }
-    return {rule: against(take_turns(jobs, rounds), "fusion-bench") for rule, jobs in pairs.items()}
-
-
 def llama_folder(folder: Path, layers: int, change: int, width: int = 2048) -> None:
     """Hugging Face folder in the layout of a Llama model, bfloat16, weights made on the spot."""
     folder.mkdir()
@@ -494,7 +443,6 @@ PARTS = {
     "blocks": blocks,
     "stages": stages,
     "growth": growth,
-    "peers": peers,
     "whole": whole,
     "disk": disk,
     "llm": llm,

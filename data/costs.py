@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import json
 import os
 import subprocess
@@ -25,6 +24,7 @@ import torch
 import family
 import minipact as mp
 from benches import HERE
+from peak_memory import peak
 from zoo_io import load_zoo
 
 TABLE = HERE / "fair" / "family_costs.csv"
@@ -54,21 +54,6 @@ def work_of(what: str) -> Callable[[], object]:
     )
     given = recipe.but(scale=1.0).keywords() | {"statistics": statistics}
     return lambda: mp.merge(zoo.base, zoo.tasks, **given)
-
-
-def status(name: str) -> int:
-    """A size in kilobytes that Linux tells of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def peak(work: Callable[[], object]) -> float:
-    """Megabytes that work takes at its peak, beyond what the process has before."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what is taken
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = status("VmRSS")
-    work()
-    return (status("VmHWM") - before) / 1024
 
 
 def seconds(work: Callable[[], object]) -> float:

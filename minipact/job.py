@@ -56,7 +56,7 @@ from minipact.parallel import cores, memory
 from minipact.recipe import Recipe, as_globs
 from minipact.statistics_files import ByTask, check_recorded, matched, naming_files, open_statistics
 from minipact.steps import Step
-from minipact.tensors import State, rounded_update
+from minipact.tensors import State
 from minipact.version import __version__
 from minipact.vocabulary import Union, lost_tokens, union_of, united, write_union
 
@@ -865,8 +865,7 @@ def _merge_share(
     mine = _share_of(merged, {x for x in merged if not output.done.issuperset(places[x])})
 
     def work(name: str) -> tuple[Tensor, list[float]]:
-        base, delta, factor = merged.parts(name)
-        tensor, *norms = rounded_update(name, base, delta, factor, merged.meta(name).dtype)
+        tensor, *norms = merged.rounded(name)
         return tensor, norms
 
     noise = signal = 0.0

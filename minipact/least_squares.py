@@ -85,12 +85,21 @@ def regmean(D: Tensor, covariance: Tensor, *, off_diagonal: float = 0.9) -> Tens
     _check_covariance(covariance, D)
     if not 0 <= off_diagonal <= 1:
         raise MergeError(f"off_diagonal={off_diagonal} must lie between 0 and 1")
-    C = covariance.double() * off_diagonal
-    C.diagonal(dim1=1, dim2=2).copy_(covariance.diagonal(dim1=1, dim2=2))
-    values, vectors = torch.linalg.eigh(C.sum(0))
-    kept = values > (1e-12 if D.dtype == torch.float64 else 1e-7) * values[-1:]
+    total, targets = torch.zeros_like(covariance[0]).double(), torch.zeros_like(D[0]).double()
+    for d, c in zip(D, covariance, strict=True):  # one by one takes the least memory
+        C = c.double() * off_diagonal
+        C.diagonal().copy_(c.diagonal())
+        total += C
+        targets += d.double() @ C
+    tolerance = 1e-12 if D.dtype == torch.float64 else 1e-7
+    smallest = (1 - off_diagonal) * total.diagonal().min()  # no eigenvalue is smaller
+    if bool(smallest > tolerance * total.trace()):
+        merged: Tensor = torch.linalg.solve(total, targets, left=False)
+        return merged.to(D.dtype)
+    values, vectors = torch.linalg.eigh(total)
+    kept = values > tolerance * values[-1:]
     values, vectors = values[kept], vectors[:, kept]
-    merged: Tensor = (D.double() @ C).sum(0) @ vectors / values @ vectors.mT
+    merged = targets @ vectors / values @ vectors.mT
     return merged.to(D.dtype)
 
 
@@ -121,10 +130,11 @@ def fisher_merge(D: Tensor, fisher: Tensor) -> Tensor:
         raise MergeError(f"fisher {[*fisher.shape]} does not fit D {[*D.shape]}")
     if not bool((fisher >= 0).all()):
         raise MergeError("fisher holds NaN or negative numbers: see minipact.fisher")
-    F = fisher.double()
-    total = F.sum(0)
-    F = torch.where(total > 0, F, 1)  # where nothing is known, all alike
-    return ((F * D).sum(0) / F.sum(0)).to(D.dtype)
+    total = fisher.sum(0, dtype=torch.float64)
+    weighted = torch.zeros_like(total)
+    for d, f in zip(D, fisher, strict=True):  # one by one takes the least memory
+        weighted += f.double() * d
+    return torch.where(total > 0, weighted / total, D.mean(0)).to(D.dtype)
 
 
 register(

@@ -88,10 +88,10 @@ from minipact.tensors import (
     Device,
     State,
     States,
-    add_update,
     is_same,
     is_unchanged,
     meta_of,
+    rounded_update,
     task_blocks,
     task_matrices,
 )
@@ -229,8 +229,7 @@ class Merged(Mapping[str, Tensor]):
         return name in self.steps
 
     def __getitem__(self, name: str) -> Tensor:
-        base, delta, factor = self.parts(name)
-        return add_update(name, base, delta, factor, self.meta(name).dtype)
+        return self.rounded(name)[0]
 
     @property
     def scale(self) -> float:
@@ -281,14 +280,30 @@ class Merged(Mapping[str, Tensor]):
     def parts(self, name: str) -> tuple[Tensor, Tensor | None, float]:
         """The base's tensor, the merged task vector on the device, None for a copy, and its factor.
 
-        The merged tensor is base + factor * task vector, see `add_update`.
+        The merged tensor is base + factor * task vector, see `rounded`.
         """
         step = self.steps[name]
-        factor = self.scale if step.factor is None else step.factor
         if step.rule == "copy" or self.scale == 0:
-            return self.base[name], None, factor
+            return self.base[name], None, self._factor(step)
         self.prepare()
-        return self.base[name], self._merged_vector(step), factor
+        return self.base[name], self._merged_vector(step), self._factor(step)
+
+    def rounded(self, name: str) -> tuple[Tensor, float, float]:
+        """The merged tensor, and squared norms: what rounding to a half type adds, and the update's own."""
+        step, dtype = self.steps[name], self.meta(name).dtype
+        is_alone = len(self._groups[name]) == 1 and torch.device(self.device).type == "cpu"
+        found = self._passes[self.recipe.vectors]
+        if step.rule == "copy" or self.scale == 0 or found.kept is not None or not is_alone:
+            base, delta, factor = self.parts(name)
+            if delta is None:
+                return rounded_update(name, base, (), factor, dtype)
+            return rounded_update(name, base, (delta,), factor, dtype, delta.device)
+        self.prepare()
+        parts = map(expanded, self._parts(step, found.answers or []))
+        return rounded_update(name, self.base[name], parts, self._factor(step), dtype)
+
+    def _factor(self, step: Step) -> float:
+        return self.scale if step.factor is None else step.factor
 
     def update(self, name: str) -> tuple[Tensor | Product | None, float]:
         """As in `parts`, the merged task vector and its factor; as a `Product` where the rule kept it so."""
@@ -300,7 +315,7 @@ class Merged(Mapping[str, Tensor]):
             return self.parts(name)[1:]
         self.prepare()
         found = self._computed(step, self._passes[self.recipe.vectors].answers or [])
-        return found, self.scale if step.factor is None else step.factor
+        return found, self._factor(step)
 
     def together(self, name: str) -> tuple[str, ...]:
         """Names of the small tensors that are computed in one go with a tensor, in order, itself too."""
@@ -492,19 +507,25 @@ class Merged(Mapping[str, Tensor]):
 
     def _computed(self, step: Step, answers: Answers) -> Tensor | Product | None:
         """The rule's result for one tensor, None where it is zero."""
-        factors = self._calls.factors(self._uses[-1], step)
-        if factors is not None:
-            return self._calls.from_factors(self._uses[-1], answers[-1], step, factors)
-        plain = PLAIN.get(step.rule)
-        rule, answer = self._uses[-1], answers[-1]
-        by_entry = plain is not None or rule.takes_blocks(answer)
-        merge_block = plain or partial(self._calls.on_tensor, rule, answer, step)
-        parts = map(merge_block, self._task_matrices(step, self._uses[:-1], answers, by_entry))
-        delta = next(parts)
+        parts = self._parts(step, answers)
+        delta = next(parts, None)
+        if not isinstance(delta, Tensor):
+            return delta
         if delta.numel() < step.entries:
             delta = _joined(delta, parts, step.entries)
-        delta = delta.view(step.shape)
-        return None if is_zero(delta) else delta
+        return None if is_zero(delta) else delta.view(step.shape)
+
+    def _parts(self, step: Step, answers: Answers) -> Iterator[Any]:
+        """The rule's result for one tensor: whole, or in blocks of its entries, end to end, or nothing."""
+        rule, answer = self._uses[-1], answers[-1]
+        factors = self._calls.factors(rule, step)
+        if factors is not None:
+            found = self._calls.from_factors(rule, answer, step, factors)
+            return iter(() if found is None else (found,))
+        plain = PLAIN.get(step.rule)
+        by_entry = plain is not None or rule.takes_blocks(answer)
+        merge_block = plain or partial(self._calls.on_tensor, rule, answer, step)
+        return map(merge_block, self._task_matrices(step, self._uses[:-1], answers, by_entry))
 
     def _task_matrices(
         self, step: Step, purifiers: Sequence[Applied], answers: Answers, by_entry: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,46 +32,47 @@ def add_update(
     dtype None, and any for integers, is the base's. Raises MergeError, naming the tensor, where the result
     overflows.
     """
-    return rounded_update(name, base, delta, factor, dtype)[0]
+    if delta is None:
+        return rounded_update(name, base, (), factor, dtype)[0]
+    return rounded_update(name, base, [delta], factor, dtype, delta.device)[0]
 
 
 @torch.no_grad()
 def rounded_update(
-    name: str, base: Tensor, delta: Tensor | None, factor: float, dtype: torch.dtype | None = None
+    name: str,
+    base: Tensor,
+    blocks: Iterable[Tensor],
+    factor: float,
+    dtype: torch.dtype | None = None,
+    device: Device = "cpu",
 ) -> tuple[Tensor, float, float]:
     """`add_update`, and squared norms of what rounding to a half type adds, and of factor * delta.
 
-    Both norms are 0 where the result is of a wider type, or a copy.
+    Delta comes in blocks of its entries, end to end, on the device; none for a copy of the base. Both norms
+    are 0 where the result is of a wider type, or a copy.
     """
     if dtype is None or not base.is_floating_point():
         dtype = base.dtype
-    is_on_cpu = delta is not None and delta.device.type == "cpu"
-    # on a device looking takes a wait, and who made delta has looked
-    if delta is None or factor == 0 or (is_on_cpu and is_zero(delta)):
-        merged, noise, signal = base.to(dtype, copy=True), 0.0, 0.0
-    else:
-        merged, noise, signal = _updated(base, delta, factor, dtype)
+    merged = torch.empty(base.shape, dtype=dtype, device=device)
+    origin, rounded, start = base.flatten(), merged.view(-1), 0
+    measures = dtype.is_floating_point and dtype.itemsize < 4
+    noise = signal = 0.0
+    is_changed = False
+    for d in (piece for block in blocks for piece in in_pieces(block, device)):
+        which = slice(start, start := start + len(d))
+        # on a device, where looking takes a wait, who made the blocks has looked
+        is_changed = is_changed or d.device.type != "cpu" or not is_zero(d)
+        exact = torch.add(origin[which].to(d), d, alpha=factor)
+        out = rounded[which].copy_(exact)
+        if measures:
+            noise += _squared_norm(exact.sub_(out.to(d)))
+            signal += _squared_norm(d)
+    if not is_changed:
+        merged = base.to(dtype, copy=True)
     merged = merged.cpu()  # before the check, which would wait for the device
     if not is_finite(merged) and is_finite(base):
         hint = "check the base, take a smaller scale or a wider dtype"
         raise MergeError(f"tensor '{name}' of the result overflows {merged.dtype}: {hint}")
-    return merged, noise, signal
-
-
-def _updated(
-    base: Tensor, delta: Tensor, factor: float, dtype: torch.dtype
-) -> tuple[Tensor, float, float]:
-    """base + factor * delta in dtype, and the two norms of `rounded_update`; piece by piece."""
-    merged = torch.empty(base.shape, dtype=dtype, device=delta.device)
-    measures = dtype.is_floating_point and dtype.itemsize < 4
-    noise = signal = 0.0
-    pieces = (in_pieces(x, delta.device) for x in (merged, base, delta))
-    for out, start, d in zip(*pieces, strict=True):
-        exact = torch.add(start.to(d), d, alpha=factor)
-        out.copy_(exact)
-        if measures:
-            noise += _squared_norm(exact.sub_(out.to(d)))
-            signal += _squared_norm(d)
     return merged, noise, signal * factor**2
 
 

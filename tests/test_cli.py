@@ -418,9 +418,9 @@ def test_rounding_of_huge_numbers_is_a_number(tmp_path: Path, capsys: pytest.Cap
 def test_a_lack_of_memory_is_told_and_keeps_what_is_done(
     files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    from minipact import job
+    from minipact import merging
 
-    update = job.rounded_update
+    update = merging.rounded_update
 
     def crowded(name: str, *arguments: object) -> tuple[Tensor, float, float]:
         if name == "visual.proj":
@@ -429,7 +429,7 @@ def test_a_lack_of_memory_is_told_and_keeps_what_is_done(
             )
         return update(name, *arguments)
 
-    monkeypatch.setattr(job, "rounded_update", crowded)
+    monkeypatch.setattr(merging, "rounded_update", crowded)
     assert run(files, "-o", str(files / "out.safetensors"), "--threads", "1") == 1
     error = capsys.readouterr().err
     assert "out of memory" in error

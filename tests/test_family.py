@@ -19,6 +19,7 @@ from benches import Bench, Hits, digest_of, open_bench
 from family import Entry
 from helpers import ROOT, data_of, flat, normal, single, small_model
 from minipact.methods import is_built_in
+from peak_memory import peak
 from rows import path_of, read, write
 
 BASE = small_model(0)
@@ -187,7 +188,7 @@ def test_the_table_joins_both_files_without_controls(tmp_path: Path):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
 def test_the_peak_is_what_work_takes():
-    found = costs.peak(lambda: torch.ones(10_000_000).sum())
+    found = peak(lambda: torch.ones(10_000_000).sum())
     assert found == pytest.approx(38.1, abs=4)
 
 
