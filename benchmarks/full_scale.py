@@ -333,6 +333,7 @@ def disk(rounds: int, layers: int = 6) -> dict[str, Any]:
             )
             (folder / "m.yml").write_text(MERGEKIT.format(base=inputs[0], models=models))
             plain = [str(folder / "m.yml"), str(folder / "kit"), "--no-copy-tokenizer"]
+            jobs["import mergekit"] = [sys.executable, "-c", "import mergekit.scripts.run_yaml"]
             jobs["mergekit"] = [str(mergekit), *plain]
         for _ in range(rounds):
             # All jobs find the inputs in the page cache.

@@ -254,14 +254,40 @@ def compared(what: str, models: Models, rounds: int) -> dict[str, Any]:
     return row
 
 
+def markdown(results: dict[str, Any]) -> str:
+    """The table of README.md."""
+    lines = [
+        "| method | distance | fusion-bench | minipact | times faster | memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for what, row in results["methods"].items():
+        slow, fast = (
+            f"{statistics.median(row['seconds'][who]):.2f} s"
+            for who in ("fusion-bench", "minipact")
+        )
+        ratios = row["times_faster"]["all"]
+        spread = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+        memory = f"{row['megabytes']['fusion-bench']} / {row['megabytes']['minipact']} MB"
+        lines.append(
+            f"| `{what}` | {row['distance']:.0e} | {slow} | {fast} | {spread} | {memory} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", choices=PAIRS, action="append")
+    parser.add_argument(
+        "--table", action="store_true", help="print what is recorded, for README.md"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--machine", default=f"{platform.machine()}_{os.cpu_count()}cores")
     options = parser.parse_args()
     out = Path(__file__).parent / "results" / f"peers_{options.machine}.json"
     results = json.loads(out.read_text()) if out.exists() else {"methods": {}}
+    if options.table:
+        print(markdown(results))
+        return
     results |= {
         "machine": options.machine,
         "torch": torch.__version__.split("+")[0],

@@ -336,9 +336,10 @@ def measure_counts(folder: Path) -> None:
 
 
 def measure_encoder(folder: Path) -> None:
-    """What the ten best recipes lack."""
+    """What the ten best recipes lack, and their rules alone."""
     wanted: list[Entry] = []
-    for name, _ in ranking(folder)[:10]:
+    leaders = [name for name, _ in ranking(folder)[:10]]
+    for name in dict.fromkeys([*leaders, *(("", *name[1:]) for name in leaders)]):
         if name not in table("encoder", folder):
             wanted += entries(*name, setting("encoder", name[0]))
     path = path_of("family_encoder", folder)

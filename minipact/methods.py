@@ -72,7 +72,8 @@ class Method:
         source: paper and arXiv number.
         acts_on: "matrix", 2-D weights only; "tensor", whole tensors of any shape, D [T, ...]; "entries",
             entry by entry, so that a tensor may come in blocks.
-        scale: recommended scale by value of the option `reduce`, or under "any".
+        scale: a rule's recommended scale by value of the option `reduce`, or under "any"; of a purifier,
+            the scale for rules behind it, by the rule's name.
         needs: what the engine supplies besides D. "base": W0 as the first argument; "tuned": the
             fine-tuned weights [T, ...]; "generator": random numbers of this tensor; "generators": one
             generator for each task, as `generator`; "covariance", "fisher", "gradient": a statistic of
@@ -280,8 +281,18 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def check_tensor(what: str, x: object) -> None:
+    """Raise MergeError for a list of tensors, an array, or whatever else is no tensor and no `Products`."""
+    if not isinstance(x, Tensor | Products):
+        hint = "torch.stack makes one tensor of a list of them"
+        raise MergeError(f"{what} must be a tensor, not {type(x).__name__}: {hint}")
+
+
 def check_stack(D: Tensor | Products, W0: Tensor | None = None) -> None:
     """Raise MergeError unless D is a floating-point [T, m, n], T >= 1, and W0, if given, an [m, n]."""
+    check_tensor("D", D)
+    if W0 is not None:
+        check_tensor("W0", W0)
     if isinstance(D, Products):
         return
     if D.ndim < 3 or D.shape[-3] == 0 or not D.is_floating_point():
@@ -709,16 +720,18 @@ def sift(
 @_method("purifier", "tensor", "Yu et al. 2024, arXiv 2311.03099", "generators")
 def dare(
     D: Tensor,
-    p: float = 0.9,
+    p: float = 0.2,
     *,
     rescale: bool = True,
     generator: RNG | Sequence[torch.Generator] = None,
 ) -> Tensor:
     """DARE: drop each entry with probability p, divide the rest by 1 - p (Yu et al. 2024, section 3).
 
+    The authors' code (MergeLM) takes 0.2 where models are merged, and 0.9 where one model is thinned out.
     D and the result are [T, ...], task matrices or vectors. rescale=False only drops. `generator` is one
     for all tasks, or a sequence with one for each. Raises MergeError unless 0 <= p < 1.
     """
+    check_tensor("D", D)
     if not 0 <= p < 1:
         raise MergeError(f"p={p} must satisfy 0 <= p < 1")
     if not isinstance(rescale, bool):
@@ -731,7 +744,7 @@ def dare(
     return kept.div_(1 - p) if rescale else kept
 
 
-@_method("purifier", "matrix", "minipact, unpublished", batched=True)
+@_method("purifier", "matrix", "minipact, unpublished", batched=True, task_arithmetic=1.0)
 def wiener(D: Tensor, *, claims: float = 30.0, ridge: float = 1.0, side: str = "both") -> Tensor:
     """A Wiener filter: weigh what each task needs against what the others claim, on both sides.
 
@@ -829,6 +842,7 @@ def task_arithmetic(D: Tensor, reduce: str = "sum") -> Tensor:
 
     Raises MergeError for another `reduce`.
     """
+    check_tensor("D", D)
     check_known("reduce", [reduce], ("sum", "mean"))
     return D.sum(0) if reduce == "sum" else D.mean(0)
 
@@ -940,6 +954,7 @@ def ties(
     scope="global" trims at one magnitude per task over the whole model, "tensor" tensor by tensor. Raises
     MergeError for a density or reduce out of range.
     """
+    check_tensor("D", D)
     check_known("reduce", [reduce], ("mean", "sum", "max"))
     if thresholds is None:
         survey = largest_magnitudes(len(D), density)

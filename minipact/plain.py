@@ -6,7 +6,8 @@ cleans D, a rule turns it into one update [m, n], and `merge` does both for a wh
     merged = merge(base, [cars, signs], rule="tsv_m", purify=["pact"], scale=1.0)
 
 Copy this file. It checks nothing, takes full SVDs, and holds the models in memory; the package has the same
-methods with the same names, options and defaults, checked, faster, and streamed.
+methods, checked, faster, and streamed: with the same names and defaults, and options that are not here, such
+as svd="randomized" of matrices or the scope of a purifier.
 """
 
 import re
@@ -86,7 +87,7 @@ def sift(W0, D, *, core=0.05):
     return D - D @ V0 @ V0.mT
 
 
-def dare(D, p=0.9, *, rescale=True, generator=None):
+def dare(D, p=0.2, *, rescale=True, generator=None):
     """DARE: drop each entry of D [T, ...] with probability p, rescale the rest (Yu et al. 2024)."""
     draws = torch.stack([torch.rand(d.shape, generator=generator) for d in D])
     kept = torch.where(draws.to(D.device) >= p, D, 0)
@@ -254,7 +255,8 @@ def iso_cts(D, common=0.8, *, mean_over="all"):
 
 def mean_singular_value(S, D, mean_over):
     """Over all min(m, n) singular values as published, or over those that are not rounding."""
-    return S.sum() / (min(D[0].shape) if mean_over == "all" else max(1, len(S)))
+    counts = {"all": min(D[0].shape), "range": max(1, len(S))}
+    return S.sum() / counts[mean_over]
 
 
 def wudi(D, *, ridge=1e-3):

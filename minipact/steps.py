@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from numbers import Real
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -174,6 +176,37 @@ class Applied:
         parameters = parameters_of(function)
         return {name: x for name, x in self.options.items() if name in parameters}
 
+    def misfits(self) -> list[str]:
+        """What to say of options that are not of the type that a method of this package declares."""
+        functions = [f for f in (self.method.survey, self.method.function) if f is not None]
+        declared = {name: x for f in functions for name, x in get_type_hints(f).items()}
+        return [
+            f"{self.name}.{name}={x!r} must be {_in_words(declared[name], self.method.options[name])}"
+            for name, x in self.options.items()
+            if name in declared and not _is_of(x, declared[name])
+        ]
+
+
+_WORDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
+
+
+def _is_of(x: object, declared: Any) -> bool:
+    """Whether a value is of a declared type; whole numbers are numbers, and true and false are none."""
+    kinds = [get_origin(kind) or kind for kind in get_args(declared) or (declared,)]
+    if isinstance(x, bool):
+        return bool in kinds
+    return any(isinstance(x, Real if kind is float else kind) for kind in kinds)
+
+
+def _in_words(declared: Any, default: object) -> str:
+    """What an option takes, with its default for an example."""
+    kinds = get_args(declared) or (declared,)
+    words = [
+        _WORDS[kind] for kind in kinds if kind in _WORDS and not (kind is int and float in kinds)
+    ]
+    example = "" if default is None else f", such as {default}"
+    return " or ".join([*words, *(["none"] if type(None) in kinds else [])]) + example
+
 
 # ---- Checks, and what follows from them ----------------------------------------------------------
 
@@ -188,13 +221,23 @@ def _refuse_idle_globs(globs: Iterable[str], names: Iterable[str], what: str) ->
         raise MergeError(f"{what} {listing(idle)} matches no tensor name of the base or the tasks")
 
 
+def refuse_path(what: str, given: object) -> None:
+    """Raise MergeError where a path stands for a model."""
+    if isinstance(given, str | Path):
+        hint = "open it by minipact.open_checkpoint, or give all paths to minipact.merge_files"
+        raise MergeError(f"{what} is a path, '{given}', and no state dict: {hint}")
+
+
 def named_tasks(tasks: Tasks) -> dict[str, State]:
     """Tasks by name: sorted where the caller named them, else numbered from '0'.
 
     Raises MergeError unless there is one at least, and all are mappings.
     """
+    refuse_path("tasks", tasks)
     pairs = sorted(tasks.items()) if isinstance(tasks, Mapping) else enumerate(tasks)
     named = {str(name): task for name, task in pairs}
+    for name, task in named.items():
+        refuse_path(f"task '{name}'", task)
     if not named or not all(isinstance(task, Mapping) for task in named.values()):
         raise MergeError("tasks must be a list, or a mapping by name, of state dicts: at least one")
     return named
@@ -470,8 +513,13 @@ def decided_scale(
     if reduced not in rule.method.scale:
         raise MergeError(f"{rule.name} with reduce={reduced!r} has no recommended scale: give one")
     recommended = rule.method.scale[reduced]
+    if purifiers and rule.name in purifiers[-1].method.scale:
+        recommended = purifiers[-1].method.scale[rule.name]
+        return recommended, (f"scale {recommended}, for {rule.name} behind {purifiers[-1].name}",)
     note = f"scale {recommended}, recommended for {rule.name}"
     if purifiers:
         behind = ", ".join(use.name for use in purifiers)
         note += f" alone; no value is published behind {behind}: try several on validation data"
+    else:
+        note += " on the models of its authors: try several on validation data"
     return recommended, (note,)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minipact as mp
-from helpers import normal
+import peers
+from helpers import ROOT, normal
 from minipact import measuring
 from minipact.__main__ import main
 from minipact.checkpoints import sha256
@@ -390,3 +391,9 @@ def test_a_missing_library_is_one_message(
     assert f"minipact: error: {library} is missing" in error
     assert "pip install" in error
     assert measuring.ADAPTERS == ("open_clip", "transformers")
+
+
+def test_the_readme_has_the_recorded_table_of_peers():
+    recorded = json.loads((ROOT / "benchmarks/results/peers_x86_64_2cores.json").read_text())
+    assert peers.markdown(recorded) in (ROOT / "README.md").read_text()
+    assert set(recorded["methods"]) == set(peers.PAIRS)

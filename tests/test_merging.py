@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from helpers import flat, normal, same, single, small_model, tuned
 from minipact import methods, tensors
 from minipact.methods import SurveyPasses
 from minipact.parallel import in_threads
+from minipact.steps import Applied
 
 RULES = (
     "task_arithmetic", "ties", "consensus", "tsv_m", "iso_c", "iso_cts", "wudi", "swudi", "ace", "knots",
@@ -199,6 +201,12 @@ def test_scales_are_recommended():
     assert mp.Merged(BASE, TASKS, rule="iso_cts").scale == 1.5
     assert mp.Merged(BASE, TASKS, scale=1).notes == ()
     assert "no value is published behind pact" in mp.Merged(BASE, TASKS, purify="pact").notes[0]
+    assert "validation data" in mp.Merged(BASE, TASKS, rule="iso_c").notes[0]
+    filtered = mp.Merged(BASE, TASKS, purify=["dare", "wiener"])
+    assert filtered.scale == 1.0
+    assert filtered.notes[0] == "scale 1.0, for task_arithmetic behind wiener"
+    assert mp.Merged(BASE, TASKS, purify=["wiener", "dare"]).scale == 0.3
+    assert mp.Merged(BASE, TASKS, rule="tsv_m", purify="wiener").scale == 1.0
 
 
 @pytest.mark.parametrize(
@@ -697,7 +705,7 @@ def test_zero_base_under_pact_names_the_tensor_and_the_way_out():
         ({"purify": "dare", "options": {"dare": {"p": 1}}}, "^dare: p=1 must"),
         (
             {"purify": "dare", "options": {"dare": {"p": "half"}}},
-            "wrong type, {'dare': {'p': 'half'",
+            "^dare.p='half' must be a number, such as 0.2$",
         ),
         ({"purify": "pact", "options": {"pact": {"core": -1}}}, "^pact: rank -1 does not fit"),
         ({"purify": "pact", "options": {"pact": {"core": "energy:2"}}}, "^pact: rank 'energy:2'"),
@@ -712,6 +720,43 @@ def test_zero_base_under_pact_names_the_tensor_and_the_way_out():
 def test_options_out_of_range_show_before_any_weight_is_read(recipe: dict, message: str):
     with pytest.raises(mp.MergeError, match=message):
         mp.Merged(Closed(BASE), [Closed(task) for task in TASKS], **recipe)
+
+
+@pytest.mark.parametrize("name", mp.METHODS)
+def test_an_option_of_another_type_is_named_with_what_it_takes(name: str):
+    method = mp.METHODS[name]
+    options = {key: x for key, x in method.options.items() if key != "scope"}
+    assert not Applied(method, options).misfits()
+    for key in options:
+        (told,) = Applied(method, {**options, key: b"?"}).misfits()
+        assert re.match(rf"{name}.{key}=b'\?' must be (a|text|true|none)", told)
+
+
+def test_counts_and_switches_are_told_apart():
+    iterations = {"awd": {"iterations": 2.5}}
+    with pytest.raises(mp.MergeError, match=r"awd.iterations=2.5 must be a whole number, such as"):
+        mp.Merged(BASE, TASKS, purify="awd", options=iterations)
+
+
+def test_paths_in_place_of_models_are_named():
+    way = "open it by minipact.open_checkpoint, or give all paths to minipact.merge_files"
+    for base, tasks, message in (
+        ("base.safetensors", ["a.safetensors"], "^base is a path, 'base.safetensors', and"),
+        (BASE, ["a.safetensors"], "^task '0' is a path, 'a.safetensors', and no state dict"),
+        (BASE, {"a": Path("a.safetensors")}, "^task 'a' is a path"),
+        (BASE, Path("a.safetensors"), "^tasks is a path"),
+        (BASE, "a.safetensors", "^tasks is a path"),
+    ):
+        with pytest.raises(mp.MergeError, match=f"{message}.*: {way}"):
+            mp.merge(base, tasks)
+
+
+def test_a_merge_says_what_it_is():
+    merged = mp.Merged(BASE, TASKS, rule="tsv_m", purify=["dare", "pact"], scale=0.5)
+    expected = (
+        f"<Merged: {len(BASE)} tensors of {len(TASKS)} tasks by dare > pact > tsv_m, scale 0.5>"
+    )
+    assert repr(merged) == expected
 
 
 @pytest.mark.parametrize("recipe", [{"options": {"ties": {"scope": "tensor"}}}, {"purify": "dare"}])
@@ -1045,6 +1090,26 @@ def test_mappings_hear_of_the_next_tensor(threads: int | None):
     assert base.asked[: len(order) - first] == order[first:]
     mp.merge(mp.Merged(base, TASKS), TASKS[:1])
     assert len(base.asked) > len(order), "a merge passes it on"
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (300, 1000)])  # in one block, and in several
+def test_rounding_is_measured_over_all_blocks(shape: tuple[int, int]):
+    base = {"w": normal(*shape, dtype=torch.float32).bfloat16()}
+    tuned = [{"w": base["w"] + normal(*shape, seed=seed).bfloat16()} for seed in (1, 2)]
+    merged, noise, signal = mp.Merged(base, tuned, scale=0.5).rounded("w")
+    update = 0.5 * sum(task["w"].double() - base["w"].double() for task in tuned)
+    assert torch.equal(merged, (base["w"].double() + update).float().bfloat16())
+    exact = base["w"].double() + update
+    assert noise == pytest.approx(float((exact - merged.double()).square().sum()), rel=1e-4)
+    assert signal == pytest.approx(float(update.square().sum()), rel=1e-4)
+    assert mp.Merged(base, tuned, scale=0.0).rounded("w")[1:] == (0.0, 0.0)
+    assert mp.Merged(base, tuned, dtype="float32").rounded("w")[1:] == (0.0, 0.0)
+
+
+def test_groups_name_every_tensor_once():
+    merged = mp.Merged(BASE, TASKS)
+    assert sorted(name for group in merged.groups for name in group) == sorted(BASE)
+    assert all(merged.together(name) == group for group in merged.groups for name in group)
 
 
 def test_parameters_merge_without_a_graph():

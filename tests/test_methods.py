@@ -5,6 +5,7 @@ import math
 import operator
 from collections.abc import Iterator
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -384,6 +385,18 @@ def test_bad_tensors(call, message: str):
         call(*problem())
 
 
+@pytest.mark.parametrize("name", [n for n, x in mp.METHODS.items() if x.kind != "training"])
+def test_a_list_in_place_of_a_stack_is_refused(name: str):
+    W0, D = problem(6, 6)
+    given = {"W0": W0, "tuned": W0 + D, "covariance": D @ D.mT, "fisher": D.square()}
+    function = mp.METHODS[name].function
+    needed = [p.name for p in signature(function).parameters.values() if p.default is p.empty]
+    rest = {key: given[key] for key in needed if key != "D"}
+    function(D=D, **rest)
+    with pytest.raises(mp.MergeError, match="D must be a tensor, not list: torch.stack makes one"):
+        function(D=list(D), **rest)
+
+
 # ---- Load-bearing walls --------------------------------------------------------------------------
 
 
@@ -587,3 +600,22 @@ def test_every_option_has_a_default_that_is_tried_out():
             options = {method.name: method.options}
             merged = mp.Merged(BASE, TASKS, **{field: method}, options=options, **given)
             assert merged.recipe.options[method.name] == method.options
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_huge_numbers_are_finite_even_where_their_sum_is_not(dtype: torch.dtype):
+    x = torch.full((100, 100), torch.finfo(dtype).max, dtype=dtype)
+    assert methods.is_finite(x)
+    for bad in (math.inf, -math.inf, math.nan):
+        spoilt = x.clone()
+        spoilt[60, 70] = bad
+        assert not methods.is_finite(spoilt)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 99), (99, 0), (99, 99)])
+def test_one_entry_anywhere_is_no_zero(place: tuple[int, int]):
+    x = torch.zeros(100, 100)
+    assert methods.is_zero(x)
+    assert methods.is_zero(x[:0])
+    x[place] = 1e-30
+    assert not methods.is_zero(x)
