@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minipact.errors import CheckpointError, MergeError
+from minipact.launched import rank
 from minipact.lora_commands import add_extract_lora, add_save_modules, show_lora
 from minipact.measuring_commands import add_statistics, show_statistics
 from minipact.stored_commands import add_compress, add_extract, by_task, show
@@ -53,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.run is None:
         parser.print_help()
         return 0
-    handlers = {number: signal.signal(number, _interrupt) for number in ENDINGS}
+    handlers = {number: signal.signal(number, _interrupt) for number in _heard(ENDINGS)}
     try:
+        _load_rooms()
         code = int(arguments.run(arguments))
         if sys.stdout is not None:
             sys.stdout.flush()  # a reader that has gone, or a full disk, shows here and not at exit
@@ -91,16 +93,43 @@ def _with_negatives(words: Iterable[str]) -> list[str]:
     return found
 
 
+def _heard(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Those signals that are not ignored, as nohup has it of one and a shell in the background of another."""
+    return [x for x in numbers if signal.getsignal(x) not in (signal.SIG_IGN, None)]
+
+
 def _interrupt(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _load_rooms() -> None:
+    """Import torch and what works with it; a signal to end waits for that, but for a second one.
+
+    What is half loaded may swallow it, and torch cannot be loaded again.
+    """
+    came: list[int] = []
+
+    def wait(number: int, _frame: object) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    numbers = _heard((signal.SIGINT, *ENDINGS))
+    handlers = {number: signal.signal(number, wait) for number in numbers}
+    try:
+        import minipact.job  # noqa: F401
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 def _fail(message: str, code: int) -> int:
     """One message; of several processes, the others speak up only once they work on their own."""
-    from minipact.distributed import has_joined, rank
-
     number = rank()
-    if number == 0 or has_joined():
+    distributed = sys.modules.get("minipact.distributed")  # torch loads once, even if interrupted
+    if number == 0 or (distributed is not None and distributed.has_joined()):
         who = f"process {number}: " if number else ""
         print(f"minipact: error: {who}{message}", file=sys.stderr)
     return code
@@ -793,10 +822,14 @@ def _methods(arguments: argparse.Namespace) -> int:
 
 
 def _scales_in_words(scales: Mapping[str, float]) -> str:
-    words = [
-        f"{x}" if reduce == "any" else f"{x} (reduce={reduce})" for reduce, x in scales.items()
-    ]
-    return ", ".join(words)
+    from minipact.merging import METHODS
+
+    def words(what: str, scale: float) -> str:
+        if what == "any":
+            return f"{scale}"
+        return f"{scale} (before {what})" if what in METHODS else f"{scale} (reduce={what})"
+
+    return ", ".join(words(what, scale) for what, scale in scales.items())
 
 
 if __name__ == "__main__":

@@ -246,8 +246,8 @@ class _Work:
             raise MergeError(str(error).removeprefix("tensor '', ")) from error
         except TypeError as error:
             given = dict(self.use.options)
-            hint = f"an option is of the wrong type, {given}: {error}"
-            raise MergeError(f"{self.use.name}: {hint}") from error
+            unknown = f"{self.use.name}: an option is of the wrong type, {given}: {error}"
+            raise MergeError("; ".join(self.use.misfits()) or unknown) from error
 
 
 def _kept(key: str, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,6 @@ files do not depend on the number of processes. They share a file system.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -15,25 +14,13 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from minipact.launched import rank as rank
+from minipact.launched import size as size
+from minipact.launched import told
+
 
 class PeerError(OSError):
     """Another process of the same run is gone."""
-
-
-def rank() -> int:
-    """Number of this process, 0 if it is alone."""
-    return _number("RANK") if size() > 1 else 0
-
-
-def size() -> int:
-    """Number of processes."""
-    launched = all(os.environ.get(name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
-    return max(1, _number("WORLD_SIZE")) if launched else 1
-
-
-def _number(variable: str) -> int:
-    text = os.environ.get(variable, "")
-    return int(text) if text.isdecimal() else 0
 
 
 def has_joined() -> bool:
@@ -43,7 +30,7 @@ def has_joined() -> bool:
 
 def local_device() -> str:
     """The GPU of this process, spread over those of the machine."""
-    return f"cuda:{_number('LOCAL_RANK') % torch.cuda.device_count()}"
+    return f"cuda:{told('LOCAL_RANK') % torch.cuda.device_count()}"
 
 
 @contextlib.contextmanager

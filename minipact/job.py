@@ -157,7 +157,10 @@ class Target:
         """Refuse what cannot be, before any input is read."""
         parse_size(self.max_shard_size)
         check_output(self.path, self.overwrite)
-        _refuse_inputs_within(self.path, [base, *tasks])
+        inputs = [base, *tasks]
+        _refuse_inputs_within(self.path, inputs)
+        if self.is_file:
+            _refuse_file_within(self.path, inputs)
 
     def check_parts(self, job: Job) -> None:
         """Refuse one file where the output is more than that."""
@@ -181,6 +184,14 @@ def _refuse_inputs_within(output: Path, inputs: Iterable[Path]) -> None:
             if whole == place or whole in place.parents:
                 what = "is" if whole == place else "holds"
                 raise CheckpointError(f"{output} {what} the input {path}: choose another output")
+
+
+def _refuse_file_within(output: Path, inputs: Iterable[Path]) -> None:
+    """Weights in the folder of an input would count as its own, or make it a model of two."""
+    for path in inputs:
+        if path.is_dir() and path.resolve() in output.resolve().parents:
+            what = f"{output} lies in the input {path} and would count as its weights"
+            raise CheckpointError(f"{what}: choose an output outside of this folder")
 
 
 # ---- Inputs --------------------------------------------------------------------------------------

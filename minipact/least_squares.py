@@ -19,6 +19,7 @@ from minipact.methods import (
     SurveyPasses,
     check_finite,
     check_stack,
+    check_tensor,
     is_zero,
     register,
     roundoff,
@@ -78,11 +79,13 @@ def regmean(D: Tensor, covariance: Tensor, *, off_diagonal: float = 0.9) -> Tens
             0.9, or 0.1 for T5. With 1 the inverse is a pseudo-inverse, on their numerical range.
 
     Returns [m, n] in D's dtype. Raises MergeError unless D and covariance are finite stacks that fit, and
-    off_diagonal is in range.
+    off_diagonal is in range; a covariance has no negative number on its diagonal.
     """
     check_stack(D)
     check_finite(D)
     _check_covariance(covariance, D)
+    if bool((covariance.diagonal(dim1=1, dim2=2) < 0).any()):
+        raise MergeError("covariance is negative on its diagonal: see minipact.input_covariances")
     if not 0 <= off_diagonal <= 1:
         raise MergeError(f"off_diagonal={off_diagonal} must lie between 0 and 1")
     total, targets = torch.zeros_like(covariance[0]).double(), torch.zeros_like(D[0]).double()
@@ -126,6 +129,8 @@ def fisher_merge(D: Tensor, fisher: Tensor) -> Tensor:
     D and fisher are [T, ...], the result [...] in D's dtype. Raises MergeError unless fisher has D's shape
     and is 0 or more everywhere.
     """
+    check_tensor("D", D)
+    check_tensor("fisher", fisher)
     if fisher.shape != D.shape:
         raise MergeError(f"fisher {[*fisher.shape]} does not fit D {[*D.shape]}")
     if not bool((fisher >= 0).all()):
@@ -212,6 +217,7 @@ def pave(
     """
     _check_pave(rho, ridge)
     check_stack(D)
+    check_tensor("tuned", tuned)
     if tuned.shape != D.shape:
         raise MergeError(f"tuned {[*tuned.shape]} does not fit D [T, m, n] = {[*D.shape]}")
     check_finite(D)
@@ -241,6 +247,7 @@ def _check_pave(rho: float, ridge: float) -> None:
 
 
 def _check_covariance(covariance: Tensor, D: Tensor) -> None:
+    check_tensor("covariance", covariance)
     check_finite(covariance)
     if covariance.shape != (len(D), D.shape[2], D.shape[2]):
         shape = [*covariance.shape]

@@ -101,6 +101,9 @@ def _foreign(found: object) -> Foreign:
     notes = ["mergekit computes in its dtype, minipact in float32: results differ by rounding"]
     if recipe.purify:
         notes.append("DARE draws other random numbers than mergekit")
+        if recipe.options["dare"]["rescale"]:
+            own = "mergekit's rescale gives what is left of a tensor the L1 norm of the whole"
+            notes.append(f"{own}, minipact divides it by the density: close on large tensors")
     paths = {name: str(entry["model"]) for name, entry in zip(names, tasks, strict=True)}
     return Foreign(base, paths, recipe.but(dtype=dtype), tuple(notes))
 

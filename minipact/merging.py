@@ -80,6 +80,7 @@ from minipact.steps import (
     known_sums,
     named_statistics,
     named_tasks,
+    refuse_path,
     step_of,
     weights_by_name,
     with_statistics,
@@ -170,6 +171,7 @@ class Merged(Mapping[str, Tensor]):
         device: Device = "cpu",
         statistics: Statistics = None,
     ) -> None:
+        refuse_path("base", base)
         named, self.device = named_tasks(tasks), device
         self._statistics: Mapping[str, States] = named_statistics(statistics, tasks, named)
         given = Recipe(
@@ -230,6 +232,11 @@ class Merged(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.rounded(name)[0]
+
+    def __repr__(self) -> str:
+        methods = " > ".join(use.name for use in self._uses)
+        models = f"{len(self)} tensors of {len(self.tasks)} tasks"
+        return f"<Merged: {models} by {methods}, scale {self.scale:g}>"
 
     @property
     def scale(self) -> float:
@@ -725,8 +732,11 @@ class Merged(Mapping[str, Tensor]):
         except MergeError as error:
             raise MergeError(str(error).removeprefix("tensor '', ")) from error
         except TypeError as error:
-            given = {use.name: use.options for use in self._uses if use.name in (*purify, rule)}
-            raise MergeError(f"an option is of the wrong type, {given}: {error}") from error
+            tried = [use for use in self._uses if use.name in (*purify, rule)]
+            given = {use.name: use.options for use in tried}
+            misfits = [text for use in tried for text in use.misfits()]
+            unknown = f"an option is of the wrong type, {given}: {error}"
+            raise MergeError("; ".join(misfits) or unknown) from error
 
 
 def _is_merged(recipe: Recipe, name: str, tensor: Tensor) -> bool:

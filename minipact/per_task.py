@@ -22,6 +22,7 @@ from minipact.methods import (
     Rank,
     SurveyPasses,
     check_stack,
+    check_tensor,
     leading_triples,
     register,
     ties,
@@ -103,6 +104,7 @@ def tall(
     Raises:
         MergeError: an option is out of range, or lambdas are not one number or T.
     """
+    check_tensor("D", D)
     check_known("tall merged", [merged], ("sum", "ties"))
     floors = _one_each(lambdas, len(D))
     total = D.sum(0) if merged == "sum" else ties(D, density, "sum", thresholds=thresholds)
@@ -150,6 +152,7 @@ def emr(D: Tensor) -> tuple[Tensor, Tensor]:
     [T, ...] of booleans. A task's rescaler, which brings what its mask leaves to its own length, is of the
     whole model, see `emr_survey`. Source: Huang et al. 2024 (arXiv 2405.17461).
     """
+    check_tensor("D", D)
     sign = torch.where(D.mean(0) > 0, 1, -1).to(D.dtype)
     unified = torch.zeros_like(D[0])
     for d in D:

@@ -8,8 +8,9 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
@@ -187,25 +188,34 @@ class Applied:
         ]
 
 
-_WORDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
+_TAKEN = {  # declared type of an option -> what it takes, in Python and in words
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+    Sequence: (list | tuple, "a list"),
+    NoneType: (NoneType, "none"),
+}
+
+
+def _kinds(declared: Any) -> list[type]:
+    """The types that a type hint allows; a whole number beside a number needs no mention."""
+    kinds = [get_origin(kind) or kind for kind in get_args(declared) or (declared,)]
+    return [kind for kind in kinds if not (kind is int and float in kinds)]
 
 
 def _is_of(x: object, declared: Any) -> bool:
-    """Whether a value is of a declared type; whole numbers are numbers, and true and false are none."""
-    kinds = [get_origin(kind) or kind for kind in get_args(declared) or (declared,)]
+    """Whether a value is of a declared type; true and false are no numbers."""
+    kinds = _kinds(declared)
     if isinstance(x, bool):
         return bool in kinds
-    return any(isinstance(x, Real if kind is float else kind) for kind in kinds)
+    return any(isinstance(x, _TAKEN[kind][0]) for kind in kinds)
 
 
 def _in_words(declared: Any, default: object) -> str:
     """What an option takes, with its default for an example."""
-    kinds = get_args(declared) or (declared,)
-    words = [
-        _WORDS[kind] for kind in kinds if kind in _WORDS and not (kind is int and float in kinds)
-    ]
     example = "" if default is None else f", such as {default}"
-    return " or ".join([*words, *(["none"] if type(None) in kinds else [])]) + example
+    return " or ".join(_TAKEN[kind][1] for kind in _kinds(declared)) + example
 
 
 # ---- Checks, and what follows from them ----------------------------------------------------------

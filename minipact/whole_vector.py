@@ -21,6 +21,7 @@ from minipact.methods import (
     SurveyPasses,
     check_finite,
     check_stack,
+    check_tensor,
     count_of,
     largest_magnitudes,
     ranked_magnitudes,
@@ -112,6 +113,7 @@ def awd(
     others: differences between tasks never change. Raises MergeError for an option out of range, and where
     steps of lr are too long for the shortest task vector, since the result would then be chance.
     """
+    check_tensor("D", D)
     if coefficients is None:
         size = {"tasks": len(D), "entries": D[0].numel()}
         survey = awd_survey(**size, alpha=alpha, lr=lr, iterations=iterations)
@@ -182,6 +184,7 @@ def tatr(
 
     Returns [T, ...]; one task alone stays as it is. Raises MergeError unless 0 < q <= 1.
     """
+    check_tensor("D", D)
     values = partial(sensitivity, gradient=gradient)
     if thresholds is None:
         survey = _trust_region(len(D), q, values)
@@ -215,6 +218,7 @@ def consensus(D: Tensor, lambdas: float = 0.4, *, keep: int = 2) -> Tensor:
 
     Raises MergeError unless lambdas is 0 or more and keep a count.
     """
+    check_tensor("D", D)
     if not 0 <= lambdas < math.inf:
         raise MergeError(f"lambdas={lambdas} must be 0 or more: give a number such as 0.4")
     if not isinstance(keep, int) or isinstance(keep, bool) or keep < 0:

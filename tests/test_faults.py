@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers import contents, fails, wait_until, write_models
+from minipact import __main__ as command_line
 from minipact import job
 from minipact.__main__ import main
 from minipact.checkpoints import INDEX, JOURNAL, open_checkpoint, sha256
@@ -210,6 +211,52 @@ def test_an_interrupted_run_looks_unfinished_and_resumes_to_the_same_bytes(
     resumed = contents(out)
     assert main(["merge", *arguments, "--overwrite", "--quiet"]) == 0
     assert contents(out) == resumed
+
+
+SIGNALLED = """
+import os, signal, sys
+
+class Sender:
+    def find_spec(self, name, path, target=None):
+        if name in {places}:
+            os.kill(os.getpid(), signal.{name})
+
+sys.meta_path.insert(0, Sender())
+from minipact.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("places", [["torch.nn"], ["torch.nn", "torch.optim"]])
+def test_a_signal_while_torch_loads_is_one_message(tmp_path: Path, name: str, places: list[str]):
+    """A second one interrupts the import itself, after which torch cannot be loaded again."""
+    script = SIGNALLED.format(places=places, name=name)
+    arguments = ["merge", *write_models(tmp_path), "-o", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    told = "minipact: error: interrupted; no output was written\n"
+    assert (done.returncode, done.stderr) == (130, told)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_ignored_signals_stay_ignored(monkeypatch: pytest.MonkeyPatch):
+    """As under nohup."""
+    found = []
+    monkeypatch.setattr(
+        command_line, "_methods", lambda _: found.append(signal.getsignal(signal.SIGHUP)) or 0
+    )
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main(["methods"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert found == [signal.SIG_IGN]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from helpers import contents, fails, same, small_model
 from minipact import card, job
 from minipact.__main__ import main
 from minipact.checkpoints import open_checkpoint, sha256
-from minipact.output import Shelf
+from minipact.output import Shelf, save_checkpoint
 
 TASKS = ("cars", "signs")
 
@@ -46,6 +46,29 @@ def moved(files: Path, folder: Path) -> list[str]:
     for source, place in zip(inputs(files), places, strict=True):
         place.write_bytes(Path(source).read_bytes())
     return [str(places[0]), str(places[2]), str(places[1])]
+
+
+# ---- Places for an output ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "merged.safetensors", "deep/x.safetensors"])
+def test_no_file_goes_into_an_input_s_folder(
+    files: Path, capsys: pytest.CaptureFixture[str], name: str
+):
+    base, cars, signs = inputs(files)
+    folders = {path: files / f"{Path(path).stem}_folder" for path in (base, cars)}
+    for path, folder in folders.items():
+        save_checkpoint(folder, load_file(path), max_shard_size=2000)
+        (folder / "deep").mkdir()
+        before = sorted(folder.rglob("*"))
+        arguments = [str(folder) if x == path else x for x in (base, cars, signs)]
+        error = fails(capsys, 2, *arguments, "-o", str(folder / name))
+        assert f"{folder / name} lies in the input {folder}" in error
+        with pytest.raises(mp.CheckpointError, match="choose an output outside of this folder"):
+            mp.merge_files(arguments[0], arguments[1:], folder / name, overwrite=True)
+        assert sorted(folder.rglob("*")) == before
+        beside = files / f"{folder.name}.safetensors"
+        assert main(["merge", *arguments, "-o", str(beside), "--quiet"]) == 0
 
 
 # ---- From Python ---------------------------------------------------------------------------------

@@ -230,6 +230,12 @@ def test_statistics_that_do_not_fit_are_refused():
         (lambda: mp.regmean(D, C[:2]), r"covariance \[2, 9, 9\] does not fit D"),
         (lambda: mp.regmean(D.mT, C), "give .T, n, n."),
         (lambda: mp.regmean(D, C / 0), "NaN"),
+        (
+            lambda: mp.regmean(D, -C),
+            "covariance is negative on its diagonal: see minipact.input_cov",
+        ),
+        (lambda: mp.regmean(D, list(C)), "covariance must be a tensor, not list"),
+        (lambda: mp.fisher_merge(D, list(D.abs())), "fisher must be a tensor, not list"),
         (lambda: mp.regmean(D, C, off_diagonal=1.1), "off_diagonal=1.1 must lie between"),
         (lambda: mp.fisher_merge(D, D.abs()[:1]), r"fisher \[1, 12, 9\] does not fit"),
         (lambda: mp.fisher_merge(D, D), "negative"),

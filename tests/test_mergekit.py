@@ -93,7 +93,10 @@ def test_dare_drops_one_minus_density(tmp_path: Path, method: str, rule: str):
     assert found.recipe.options["dare"] == {"p": 0.25, "rescale": True}
     assert found.recipe.options.get("ties", {}).get("reduce", "sum") == "sum"
     assert any("random numbers" in note for note in found.notes)
+    assert any("L1 norm of the whole, minipact divides it by the density" in x for x in found.notes)
     merged(tmp_path, config(method, "density: 0.75"))
+    plain = read_mergekit(written(tmp_path, config(method, "density: 0.75, rescale: false")))
+    assert not any("L1 norm" in note for note in plain.notes)
 
 
 @pytest.mark.parametrize(

@@ -722,14 +722,16 @@ def test_options_out_of_range_show_before_any_weight_is_read(recipe: dict, messa
         mp.Merged(Closed(BASE), [Closed(task) for task in TASKS], **recipe)
 
 
-@pytest.mark.parametrize("name", mp.METHODS)
+@pytest.mark.parametrize("name", [n for n, x in mp.METHODS.items() if x.kind != "training"])
 def test_an_option_of_another_type_is_named_with_what_it_takes(name: str):
     method = mp.METHODS[name]
-    options = {key: x for key, x in method.options.items() if key != "scope"}
+    options = dict(method.options)
+    if method.kind == "purifier":
+        del options["scope"]  # of globs, which have a check of their own
     assert not Applied(method, options).misfits()
     for key in options:
-        (told,) = Applied(method, {**options, key: b"?"}).misfits()
-        assert re.match(rf"{name}.{key}=b'\?' must be (a|text|true|none)", told)
+        (told,) = Applied(method, {**options, key: {}}).misfits()
+        assert re.match(rf"{name}.{key}={{}} must be (a|text|true)", told)
 
 
 def test_counts_and_switches_are_told_apart():

@@ -392,7 +392,7 @@ def test_a_list_in_place_of_a_stack_is_refused(name: str):
     function = mp.METHODS[name].function
     needed = [p.name for p in signature(function).parameters.values() if p.default is p.empty]
     rest = {key: given[key] for key in needed if key != "D"}
-    function(D=D, **rest)
+    function(D=100 * D, **rest)
     with pytest.raises(mp.MergeError, match="D must be a tensor, not list: torch.stack makes one"):
         function(D=list(D), **rest)
 

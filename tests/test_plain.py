@@ -43,6 +43,13 @@ def test_every_method_is_there_with_its_options(name: str):
     assert parameters(getattr(plain, name)) == parameters(getattr(mp, name))
 
 
+def test_options_that_are_left_out_are_named():
+    theirs = {option for name in NAMES for option in OURS[name].options}
+    ours = {option for name in NAMES for option in parameters(getattr(plain, name))}
+    assert theirs - ours == {"svd", "scope", "collapse", "rescale"} - ours
+    assert all(word in plain.__doc__ for word in ("svd=", "scope"))
+
+
 def test_merge_knows_all_purifiers_and_rules():
     assert set(plain.METHODS) == {*PURIFIERS, *RULES}
     assert set(plain.FLAT) == {x for x in plain.METHODS if mp.METHODS[x].acts_on != "matrix"}
@@ -268,6 +275,12 @@ def test_iso_cts_by_hand():
     D[0, 2, 2], D[1, 3, 3] = 1.0, 1.0
     merged = plain.iso_cts(D, common=0.5)
     assert torch.allclose(merged, (8 + 6 + 1 + 1) / 4 * torch.eye(4), atol=1e-6)
+
+
+def test_an_unknown_mean_over_is_no_other_one():
+    for function in (plain.iso_c, plain.iso_cts):
+        with pytest.raises(KeyError, match="junk"):
+            function(problem(6, 5)[1], mean_over="junk")
 
 
 def test_compression_by_hand():

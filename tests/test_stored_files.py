@@ -325,6 +325,18 @@ def test_wrong_outputs_are_refused(files: Path, capsys):
     assert "is the input" in error
 
 
+def test_no_file_goes_into_the_base_s_folder(files: Path, capsys):
+    folder = files / "folder"
+    mp.save_checkpoint(folder, load_file(files / "base.safetensors"))
+    inside = str(folder / "all.safetensors")
+    tasks = [str(files / f"{t}.safetensors") for t in "ab"]
+    assert "lies in the input" in refusal(capsys, "compress", str(folder), *tasks, "-o", inside)
+    file = str(files / "all.safetensors")
+    assert main(["compress", str(folder), *tasks, "-o", file, "--quiet"]) == 0
+    error = refusal(capsys, "extract", file, "a", "--base", str(folder), "-o", inside)
+    assert "lies in the input" in error
+
+
 def test_several_processes_are_refused(files: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "0"}
     for name, value in place.items():
