@@ -228,7 +228,7 @@ def test_the_recipe_of_a_merge_is_effective():
                 "core": 3, "task": 0.04, "tol": 0.001, "strength": 1.0, "svd": "exact",
                 "scope": ["*c_fc*"],
             },
-            "dare": {"p": 0.9, "rescale": True, "scope": None},
+            "dare": {"p": 0.2, "rescale": True, "scope": None},
             "tsv_m": {"rank": None, "svd": "exact"},
         },
         "scale": 1.0,
