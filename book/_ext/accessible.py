@@ -10,6 +10,9 @@ from sphinx.application import Sphinx
 REPAIRS = {
     'role="doc-biblioentry"': 'role="listitem"',  # deprecated, and not what a list may hold
     '<div id="pst-primary-sidebar" ': '<div id="pst-primary-sidebar" role="navigation" aria-label="Book" ',
+    '<div id="pst-secondary-sidebar" ': '<div id="pst-secondary-sidebar" role="region" '
+    'aria-label="Contents of this page" tabindex="0" ',  # it scrolls
+    ' data-bs-toggle="tooltip"': "",  # these open outside of all regions; titles and labels say the same
     ' data-theme="auto"': "",  # without scripts no colours are defined for it, and light ones for none
 }
 IMAGE = re.compile(r'<img\b[^>]*\bsrc="[^"]*?(_images/[^"]+\.png)"[^>]*/>')
