@@ -67,6 +67,11 @@ def least_squares(D: Tensor, C: Tensor) -> Tensor:
     return torch.linalg.solve(C.sum(0), (D @ C).sum(0).mT).mT
 
 
+def share(e: Tensor, f: Tensor, claims: float) -> Tensor:
+    """Share of every seat [m, n] that the filter keeps, with claims e [m] on outputs and f [n] on inputs."""
+    return 1 / (1 + claims * torch.outer(e, f))
+
+
 def sensitivity(X: Tensor) -> Tensor:
     """TATR's sensitivity of task vectors X [T, d], without data."""
     return X.abs().sum(0).square() - X.square().sum(0)
@@ -214,6 +219,7 @@ QUESTIONS = {
     "rescaler": Question(rescaler),
     "covariance": Question(covariance),
     "least_squares": Question(least_squares),
+    "share": Question(share),
     "sensitivity": Question(sensitivity),
     "shifted": Question(shifted),
     "resting": Question(resting),
