@@ -96,9 +96,13 @@ def test_chapter_has_its_parts(path: Path):
 
 def test_contents_name_every_page():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    named = {toc["root"], *(chapter["file"] for chapter in toc["chapters"])}
+    chapters = [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
+    named = {toc["root"], *chapters}
     pages = {f"book/{p.stem}" for p in (ROOT / "book").iterdir() if p.suffix in (".md", ".ipynb")}
     assert named == pages
+    mapped = re.findall(r"^\| \{doc\}`[^<]+<(\w+)>`", (ROOT / "book/intro.md").read_text(), re.M)
+    notebooks = [Path(chapter).name for chapter in chapters if (ROOT / f"{chapter}.ipynb").exists()]
+    assert mapped == notebooks
 
 
 def small() -> Notebook:
