@@ -9,6 +9,7 @@ in the registry, `minipact.methods`.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import (
     Callable,
@@ -306,8 +307,12 @@ class Merged(Mapping[str, Tensor]):
                 return rounded_update(name, base, (), factor, dtype)
             return rounded_update(name, base, (delta,), factor, dtype, delta.device)
         self.prepare()
-        parts = map(expanded, self._parts(step, found.answers or []))
-        return rounded_update(name, self.base[name], parts, self._factor(step), dtype)
+        parts: Iterator[Tensor] = map(expanded, self._parts(step, found.answers or []))
+        first = next(parts, None)
+        if first is not None and first.numel() == step.entries:
+            parts = iter(())  # which frees the task matrices
+        blocks = itertools.chain(() if first is None else (first,), parts)
+        return rounded_update(name, self.base[name], blocks, self._factor(step), dtype)
 
     def _factor(self, step: Step) -> float:
         return self.scale if step.factor is None else step.factor
