@@ -181,7 +181,7 @@ def _add_merge(commands: Any) -> None:
         ".pt/.bin state dict; a TASK may also be the folder of a PEFT LoRA adapter. Under "
         "torchrun --nproc-per-node N -m minipact, N processes share the work.",
         epilog="example: minipact merge base.safetensors cars.safetensors dtd.safetensors "
-        "-o merged.safetensors --rule tsv_m --purify pact",
+        "-o merged.safetensors --purify pact --scales 0.2:1:5 --score 'python eval.py {}'",
     )
     merge.set_defaults(run=_merge)
     add = merge.add_argument

@@ -245,27 +245,19 @@ def _result(
     inputs: list[Tensor],
     keywords: dict[str, Any],
     fixed: Mapping[str, Any] = MappingProxyType({}),
+    tasks_axis: int = 0,
 ) -> Tensor:
-    """What a method returns for one tensor, checked."""
+    """What a method returns, checked, with the tasks in front; in D they stand at `tasks_axis`."""
+    expected = use.like_result(inputs[-1].movedim(tasks_axis, 0))
     with _blaming(step, use):
         found = use.method.function(*inputs, **keywords, **fixed)
-        return _checked(found, use.like_result(inputs[-1]), use.method)
-
-
-def _several(
-    use: Applied,
-    step: Step,
-    inputs: list[Tensor],
-    keywords: dict[str, Any],
-    fixed: Mapping[str, Any] = MappingProxyType({}),
-) -> Tensor:
-    """What a method returns for several matrices at once, D [G, T, m, n]: [T, G, m, n], or [G, m, n]."""
-    expected = use.like_result(inputs[-1].transpose(0, 1))
-    with _blaming(step, use):
-        found = use.method.function(*inputs, **keywords, **fixed)
-        if use.purifies and isinstance(found, Tensor):
-            found = found.transpose(0, 1)
+        if tasks_axis and use.purifies and isinstance(found, Tensor):
+            found = found.movedim(tasks_axis, 0)
         return _checked(found, expected, use.method)
+
+
+# For several matrices at once, D [G, T, m, n]: [T, G, m, n], or [G, m, n] of a rule.
+_several = partial(_result, tasks_axis=1)
 
 
 def _stack(

@@ -297,7 +297,11 @@ class Merged(Mapping[str, Tensor]):
         return self.base[name], self._merged_vector(step), self._factor(step)
 
     def rounded(self, name: str) -> tuple[Tensor, float, float]:
-        """The merged tensor, and squared norms: what rounding to a half type adds, and the update's own."""
+        """The merged tensor, and squared norms: what rounding to a half type adds, and the update's own.
+
+        Both norms are 0 where the result is of a wider type, or a copy of the base's. Raises MergeError where
+        the result overflows, and for NaN or infinity in an input.
+        """
         step, dtype = self.steps[name], self.meta(name).dtype
         is_alone = len(self._groups[name]) == 1 and torch.device(self.device).type == "cpu"
         found = self._passes[self.recipe.vectors]
