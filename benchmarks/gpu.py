@@ -23,6 +23,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 import minipact as mp
+from minipact.tensors import moved
 
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -251,10 +253,11 @@ def layout(
     found |= {"bytes_of_one_model": size, "dtype": str(dtype).removeprefix("torch.")}
     bench.results[name] = found
 
-    def move() -> None:
+    def move(pinned: bool) -> None:
         for state in (base, *tuned):
             for x in state.values():
-                x.to(bench.device, copy=True)
+                moved(x, bench.device) if pinned else x.to(bench.device)
+        bench.done()
 
     with tempfile.TemporaryDirectory(dir=bench.scratch) as folder:
         paths = [Path(folder) / f"model{i}.safetensors" for i in range(tasks + 1)]
@@ -262,8 +265,10 @@ def layout(
             mp.save_checkpoint(path, state)
         target = Path(folder) / "out.safetensors"
         found["read_s"] = bench.seconds(lambda: [dict(mp.open_checkpoint(path)) for path in paths])
-        found["transfer_s"] = bench.seconds(move)
-        found["transfer_gb_per_s"] = short(size * (tasks + 1) / found["transfer_s"]["median"] / 1e9)
+        for way, pinned in (("transfer", False), ("transfer_pinned", True)):
+            took = found[f"{way}_s"] = bench.seconds(partial(move, pinned))
+            rate = size * (tasks + 1) / max(took["median"], 1e-9) / 1e9
+            found[f"{way}_gb_per_s"] = short(rate)
         found["write_s"] = bench.seconds(lambda: mp.save_checkpoint(target, base, overwrite=True))
         found["merges"], found["not_measured"] = {}, []
         for label, recipe in recipes():

@@ -30,7 +30,7 @@ from minipact.methods import (
     parameters_of,
 )
 from minipact.steps import Applied, Step
-from minipact.tensors import Device, State, States, task_factors
+from minipact.tensors import Device, State, States, moved, task_factors
 
 Answer = dict[str, Tensor]
 
@@ -151,7 +151,8 @@ class Calls:
         keywords = self._keywords(use, step)
         inputs = [D]
         if "base" in use.method.needs:  # a copy for functions of strangers, who might change it
-            inputs.insert(0, self.base[step.name].to(D, copy=not is_built_in(use.method)))
+            W0 = moved(self.base[step.name], self.device)
+            inputs.insert(0, W0.to(D, copy=not is_built_in(use.method)))
         return inputs, keywords | self._tuned(use, step, D) | self._statistics_of(use, step.name, D)
 
     def _keywords(self, use: Applied, step: Step) -> dict[str, Any]:
@@ -170,7 +171,7 @@ class Calls:
         if "tuned" not in use.method.needs:
             return {}
         tuned = self.holding(step.name).values()
-        found = torch.stack([task[step.name].to(D) for task in tuned])
+        found = torch.stack([moved(task[step.name], self.device).to(D) for task in tuned])
         return {"tuned": found.mT if use.sees_transposed(step.kind) else found}
 
     def _statistics_of(self, use: Applied, name: str, D: Tensor) -> dict[str, Tensor]:
@@ -179,7 +180,7 @@ class Calls:
         labels = list(self.holding(name))
         for kind in use.statistics:
             states = [self.statistics[kind][label] for label in labels]
-            found[kind] = torch.stack([state[name].to(D) for state in states])
+            found[kind] = torch.stack([moved(state[name], self.device).to(D) for state in states])
             bad = [x for x, own in zip(labels, found[kind], strict=True) if not is_finite(own)]
             if bad:
                 raise MergeError(f"{kind} of '{name}', task '{bad[0]}', holds NaN or infinity")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minipact.steps import Step
-from minipact.tensors import Device, State, States, own_delta, task_matrices
+from minipact.tensors import Device, State, States, moved, own_delta, task_matrices
 
 GROUP = 1 << 21  # entries of the base and all tasks that a group may have
 WAITING = 1 << 26  # entries of results that wait until they are asked for
@@ -94,10 +94,10 @@ def group_matrices(
     origin = _joined(base[name] for name in names)
     types = {origin.dtype, *(x.dtype for x, _ in rows)}
     wide = torch.float64 if torch.float64 in types else torch.float32
-    start = origin.to(device).to(wide)
+    start = moved(origin, device).to(wide)
     D = start.new_empty(len(rows), len(start))
     for out, (x, is_difference), label in zip(D, rows, tasks, strict=True):
-        torch.sub(x.to(device).to(wide), start, alpha=int(not is_difference), out=out)
+        torch.sub(moved(x, device).to(wide), start, alpha=int(not is_difference), out=out)
         if weights.get(label, 1.0) != 1:
             out.mul_(weights[label])
     return start, D

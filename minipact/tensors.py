@@ -62,7 +62,7 @@ def rounded_update(
         which = slice(start, start := start + len(d))
         # on a device, where looking takes a wait, who made the blocks has looked
         is_changed = is_changed or d.device.type != "cpu" or not is_zero(d)
-        exact = torch.add(origin[which].to(d), d, alpha=factor)
+        exact = torch.add(moved(origin[which], d.device).to(d), d, alpha=factor)
         out = rounded[which].copy_(exact)
         if measures:
             noise += _squared_norm(exact.sub_(out.to(d)))
@@ -95,6 +95,16 @@ def in_pieces(x: Tensor, device: Device) -> Sequence[Tensor]:
     return torch.split(flat, _PIECE)
 
 
+def moved(x: Tensor, device: Device) -> Tensor:
+    """x on a device, in its own type, which takes fewer bytes than a wide one.
+
+    To a GPU from pinned memory, so that the next tensor is read while this one is on its way.
+    """
+    if x.device.type == "cpu" and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def task_matrices(
     name: str, base: State, tasks: States, weights: Mapping[str, float] | None = None,
     device: Device = "cpu",
@@ -120,9 +130,10 @@ def task_blocks(
     pieces = ([x] if whole else in_pieces(x, device) for x in tensors)
 
     def block(start: Tensor, *tuned: Tensor) -> Tensor:
-        origin, D = start.to(kind), kind.new_empty(len(tuned), *start.shape)
+        origin = moved(start, device).to(kind)
+        D = kind.new_empty(len(tuned), *start.shape)
         for delta, x, factor, d in zip(D, tuned, factors, known, strict=True):
-            torch.sub(x.to(kind), origin, alpha=int(d is None), out=delta)
+            torch.sub(moved(x, device).to(kind), origin, alpha=int(d is None), out=delta)
             if factor != 1:
                 delta.mul_(factor)
         if not is_finite(D):

@@ -7,6 +7,7 @@ import torch
 
 import minipact as mp
 from helpers import same, small_model
+from minipact import tensors
 
 BASE = small_model(0)
 TASKS = [small_model(100 * t, BASE) for t in (1, 2, 3)]
@@ -122,3 +123,18 @@ def test_one_task_and_flat_rules_have_a_merged_task_vector():
     together = sum(mp.task_vector(BASE, task) for task in TASKS)
     summed = mp.merged_delta(BASE, TASKS)
     assert all(torch.allclose(summed[name], x, atol=1e-5) for name, x in together.items())
+
+
+def test_tensors_go_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch):
+    way = []
+
+    class Pinned:
+        def to(self, device, **how):
+            way.append((device, how))
+            return "there"
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: Pinned())
+    x = torch.ones(2, dtype=torch.bfloat16)
+    assert tensors.moved(x, "cuda:1") == "there"
+    assert way == [("cuda:1", {"non_blocking": True})]
+    assert tensors.moved(x, "cpu") is x
