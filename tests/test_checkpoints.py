@@ -139,6 +139,34 @@ def test_truncated_file(tmp_path: Path, state: dict[str, Tensor], share: float):
         open_checkpoint(path)
 
 
+def test_tensors_may_lie_at_any_byte_of_a_file(tmp_path: Path):
+    x, y = torch.arange(6.0).view(2, 3), torch.arange(5, dtype=torch.float64)
+    places = {"odd": ("U8", [1], 0, 1), "x": ("F32", [2, 3], 1, 25), "y": ("F64", [5], 25, 65)}
+    header = json.dumps(
+        {
+            name: {"dtype": d, "shape": s, "data_offsets": [i, j]}
+            for name, (d, s, i, j) in places.items()
+        }
+    ).encode()
+    header += b" " * (1 - len(header) % 2)
+    path = tmp_path / "odd.safetensors"
+    numbers = b"\x07" + x.numpy().tobytes() + y.numpy().tobytes()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + numbers)
+    found = open_checkpoint(path)
+    assert found["odd"].tolist() == [7]
+    assert torch.equal(found["x"], x)
+    assert torch.equal(found["y"] + 1, y + 1)
+
+
+def test_a_file_that_is_replaced_while_open_still_reads_as_it_was(tmp_path: Path):
+    path = tmp_path / "x.safetensors"
+    save_file({"w": torch.ones(4)}, path)
+    found = open_checkpoint(path)
+    save_file({"w": torch.zeros(9)}, tmp_path / "new")
+    (tmp_path / "new").replace(path)
+    assert found["w"].tolist() == [1, 1, 1, 1]
+
+
 def test_truncated_state_dict(tmp_path: Path, state: dict[str, Tensor]):
     path = tmp_path / "x.pt"
     torch.save(state, path)
