@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 # To look things up, with no claim of their own and no exercises.
 PAGES = {"which_method", "mistakes"}
 CHAPTERS = [path for path in NOTEBOOKS if path.stem not in PAGES]
-TAGS = {"nbval-ignore-output", "hide-input"}
+TAGS = {"nbval-ignore-output", "hide-input", "hide-output"}
 Notebook = nbformat.NotebookNode
 
 
@@ -74,6 +74,20 @@ def problems(notebook: Notebook) -> list[str]:
             found.append(f"draws, but no picture is stored: {start}")
         if re.search(r"https?://|/home/|/tmp/|/root/|0x[0-9a-f]{6}|it/s|\d%\|", text_of(cell)):
             found.append(f"path, address or progress bar in the output: {start}")
+    return found + given_away(notebook)
+
+
+def given_away(notebook: Notebook) -> list[str]:
+    """Predictions whose result stands open below, one line each."""
+    found = []
+    for place, cell in enumerate(notebook.cells):
+        if "**Predict" in cell.source:
+            shown = next(c for c in notebook.cells[place:] if c.get("outputs"))
+            is_hidden = "hide-output" in shown.metadata.get("tags", [])
+            if not (
+                is_hidden or "lab.check(" in shown.source
+            ):  # what is checked is the reader's own
+                found.append(f"predicted, but not folded: {shown.source[:40]}")
     return found
 
 
@@ -106,7 +120,7 @@ def test_contents_name_every_page():
 
 
 def small() -> Notebook:
-    """A notebook without fault: one printing cell, one picture."""
+    """A notebook without fault: one printing cell, one picture, one prediction."""
     printing = nbformat.v4.new_code_cell("print(1)", execution_count=1)
     printing.outputs = [nbformat.v4.new_output("stream", name="stdout", text="1\n")]
     drawing = nbformat.v4.new_code_cell("plt.show()", execution_count=2)
@@ -117,7 +131,10 @@ def small() -> Notebook:
             "mystnb": {"image": {"alt": "a"}, "figure": {"caption": "c"}},
         }
     )
-    notebook = nbformat.v4.new_notebook(cells=[printing, drawing])
+    asking = nbformat.v4.new_markdown_cell("**Predict first:** what is printed?")
+    answer = nbformat.v4.new_code_cell("print(1)", execution_count=3, outputs=printing.outputs)
+    answer.metadata["tags"] = ["hide-output"]
+    notebook = nbformat.v4.new_notebook(cells=[printing, drawing, asking, answer])
     notebook.metadata["kernelspec"] = {"name": "python3"}
     return notebook
 
@@ -137,6 +154,7 @@ def small() -> Notebook:
         lambda n: n.cells[1].metadata.update(tags=[]),
         lambda n: n.cells[1].metadata["mystnb"].pop("image"),
         lambda n: n.cells[1].metadata["mystnb"].pop("figure"),
+        lambda n: n.cells[3].metadata.update(tags=[]),
         lambda n: n.cells[0].update(source=" "),
         lambda n: n.metadata.pop("kernelspec"),
     ],
