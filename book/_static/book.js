@@ -62,9 +62,15 @@
     "div.output": "Output",
   };
 
+  function markEdge(box, scrolls) {
+    const rest = box.scrollWidth - box.clientWidth - box.scrollLeft;
+    box.classList.toggle("goes-on", scrolls && rest > 8);
+  }
+
   // A box that scrolls can be reached by keyboard and says what it is; one that does not stays out of the way.
   function markScrolling(box) {
     const scrolls = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX !== "visible";
+    markEdge(box, scrolls);
     if (scrolls) {
       const kind = Object.keys(BOXES).find((selector) => box.matches(selector));
       box.tabIndex = 0;
@@ -90,8 +96,12 @@
     document.querySelectorAll("mjx-container").forEach(wrapFormula);
     document.querySelectorAll("span.math").forEach(keepPunctuation);
     const boxes = document.querySelectorAll(Object.keys(BOXES).join(", "));
-    const watch = new ResizeObserver((entries) => entries.forEach((entry) => markScrolling(entry.target)));
-    boxes.forEach((box) => watch.observe(box));
+    const boxOf = (element) => element.closest(Object.keys(BOXES).join(", "));
+    const watch = new ResizeObserver((entries) => entries.forEach((entry) => markScrolling(boxOf(entry.target))));
+    for (const box of boxes) {
+      [box, ...box.children].forEach((element) => watch.observe(element));
+      box.addEventListener("scroll", () => markEdge(box, true), { passive: true });
+    }
     document.fonts.addEventListener("loadingdone", () => boxes.forEach(markScrolling));
   });
 }
