@@ -257,7 +257,7 @@ def compared(what: str, models: Models, rounds: int) -> dict[str, Any]:
 def markdown(results: dict[str, Any]) -> str:
     """The table of README.md."""
     lines = [
-        "| method | distance | fusion-bench | minipact | times faster | memory |",
+        "| method | distance | fusion-bench | minipact | times as fast | memory |",
         "|---|---|---|---|---|---|",
     ]
     for what, row in results["methods"].items():

@@ -65,7 +65,7 @@ def compress(
             tensor with two axes, and keeps the others in full; statistics of batch normalisation are kept
             in full by all.
         options: method name -> {option: value}; an option may be a mapping task name -> value where the
-            method takes one for each task. Counts of directions are cut to a small matrix' min(m, n).
+            method takes one for each task. Counts of directions are cut to a small matrix's min(m, n).
         include, exclude, missing, rename: as in `merge`, but missing="present".
         seed: of sketches, with svd="randomized".
         device: where to compute.

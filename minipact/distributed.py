@@ -58,7 +58,7 @@ def _peers() -> Iterator[None]:
 
 
 def from_first(value: Any) -> Any:
-    """The first process' value, in all; waits for it."""
+    """The first process's value, in all; waits for it."""
     values = [value]
     if size() > 1:
         with _peers():

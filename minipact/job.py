@@ -769,7 +769,7 @@ def _write(
     progress: Progress,
     scores: Mapping[float, float],
 ) -> dict[str, Any]:
-    """Merge this process' share into the output; the first process lays it out and completes it."""
+    """Merge this process's share into the output; the first process lays it out and completes it."""
     summary = job.summary()
     blank = {name: ["0" * 64] * len(x.files) for name, x in job.inputs.items()}
     metadata = _header(job.record(blank))
@@ -864,7 +864,7 @@ def _complete(
 def _merge_share(
     job: Job, output: Output, threads: int | None, progress: Progress
 ) -> tuple[float, float]:
-    """Merge and write this process' tensors; squared norms of what rounding adds, and of the update.
+    """Merge and write this process's tensors; squared norms of what rounding adds, and of the update.
 
     Both are taken where the output is of a half type.
     """

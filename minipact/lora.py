@@ -166,7 +166,7 @@ def extract_lora(
 
     Args:
         base, tuned: models, name -> tensor, with the names of the module that PEFT is to load it on.
-        include, exclude: globs of tensor names; what they leave out stays as in the base.
+        include, exclude: globs of names to take, and of names not to; all others stay as in the base.
         rank, policy, save_modules, svd, dtype, seed, device: as in `to_lora` and `merge`.
 
     Raises MergeError as `to_lora` and `merge` do.

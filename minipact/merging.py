@@ -403,8 +403,8 @@ class Merged(Mapping[str, Tensor]):
         """First pass over the models, once: no task equals the base, and what methods survey is found.
 
         Args:
-            names, threads, room: as in `map`; what one process of several looks at.
-            gather: one process' share -> the shares of all, by rank.
+            names, threads, room: as in `map`, for the part of one process of several.
+            gather: one process's share -> the shares of all, by rank.
         """
         part = _Part(names, gather, threads, room)
         found = self._passes[self.recipe.vectors]
@@ -802,7 +802,7 @@ def merge(
             D [T, m, n] -> [m, n] for matrices.
         purify: likewise, one or several in order; your own is (W0, D) -> D for matrices.
         options: method name -> {option: value}. Purifiers also take "scope", one or several globs of
-            tensor names; other tensors go to the rule unpurified. A count of directions beyond a matrix'
+            tensor names; other tensors go to the rule unpurified. A count of directions beyond a matrix's
             min(m, n) is cut to it.
         scale: factor of what the rule makes of the tensors it treats. None takes the rule's recommended
             value (`METHODS[rule].scale`), and 1 for a single task; none is published behind a purifier, so
@@ -814,7 +814,7 @@ def merge(
             matrices, since the scale then makes up for what vectors did not lose; "rule" for other rules,
             for a single task and for a negative scale.
         weights: factor of each task vector before anything else; 1 each. Nothing is normalised.
-        include, exclude: globs of tensor names; what they leave out is copied from the base.
+        include, exclude: globs of names to merge, and of names not to; the base's other tensors are copied.
         policy: glob -> "matrix", "matrix_T", "stack", "stack_T", "vector" or "copy", ahead of
             `default_policy`; or a function (name, tensor) -> kind instead of it.
         missing: what becomes of tensors that are to be merged and that a model lacks. "error": said, and
@@ -830,7 +830,7 @@ def merge(
         device: where to compute; results are on the CPU.
         statistics: of data, for methods that need them: kind -> one mapping, tensor name -> tensor, for each
             task, by name or in the order of the tasks, in files by `open_statistics`. Kinds are "covariance",
-            [n, n] of a matrix' n inputs and [E, n, n] of a stack's, "fisher" and "gradient", of the tensor's
+            [n, n] of a matrix's n inputs and [E, n, n] of a stack's, "fisher" and "gradient", of the tensor's
             shape. A method leaves out tensors without: a rule's get the mean. The recipe holds the SHA-256 of
             those in files.
         progress: called with (tensors done, tensors in all, name) after each.

@@ -113,7 +113,7 @@ def save_statistics(
 
     Args:
         path: ends in .safetensors.
-        kind: "covariance", [n, n] of each matrix' n inputs, [E, n, n] of a stack's, "fisher" or "gradient",
+        kind: "covariance", [n, n] of each matrix's n inputs, [E, n, n] of a stack's, "fisher" or "gradient",
             of the weights' shapes.
         state: name -> tensor, taken one by one; names are those of the model's file.
         model: checkpoint at which it was measured, known again by the SHA-256 of its files.

@@ -147,7 +147,7 @@ class Applied:
         return self.method.acts_on == "entries" and not self.statistics
 
     def clipped(self, shape: Sequence[int]) -> dict[str, object]:
-        """The function's options, with counts of directions cut to a small matrix' min(m, n)."""
+        """The function's options, with counts of directions cut to a small matrix's min(m, n)."""
         options = self.taken_by(self.method.function)
         if self.method.acts_on != "matrix":
             return options

@@ -15,7 +15,9 @@ from sphinx.application import Sphinx
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 # Words of everyday English too: linked where a text emphasises them, as it does when it introduces a term.
-EVERYDAY = {"base", "claim", "core", "merging", "need", "rule", "scale", "seat"}
+EVERYDAY = {
+    "base", "claim", "core", "head", "margin", "merging", "need", "rule", "scale", "seat", "vectors",
+}  # fmt: skip
 NO_CHAPTERS = ("glossary", "bibliography", "reference", "colophon")
 # Where no link should stand.
 CLOSED = (nodes.title, nodes.reference, nodes.literal, nodes.math, nodes.caption, nodes.term)
