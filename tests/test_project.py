@@ -149,6 +149,16 @@ def test_readme_tells_the_recorded_times():
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"by TSV-M behind PACT in {tower:.0f} s" in readme
     assert f"in {large['seconds']:.0f} s and {large['anonymous_mb'] / 1000:.1f} GB" in readme
+    took = {name: row["median"] for name, row in recorded["disk"]["jobs"].items()}
+    start, sums = (
+        took["import torch and minipact"],
+        took["minipact"] - took["minipact without checksums"],
+    )
+    ours = f"minipact takes {took['minipact']:.1f} s, of which {start:.1f} are the start and {sums:.1f}"
+    assert ours in readme
+    assert (
+        f"{took['mergekit']:.1f} s, of which {took['import mergekit']:.1f} are the start" in readme
+    )
 
 
 def test_public_names_are_documented_in_the_reference():
