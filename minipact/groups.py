@@ -18,7 +18,7 @@ from torch import Tensor
 from minipact.steps import Step
 from minipact.tensors import Device, State, States, moved, own_delta, task_matrices
 
-GROUP = 1 << 21  # entries of the base and all tasks that a group may have
+GROUP = 1 << 19  # entries of the base and all tasks that a group may have; they fit into a cache
 WAITING = 1 << 26  # entries of results that wait until they are asked for
 
 Group = tuple[Step, ...]
@@ -120,6 +120,8 @@ def _joined(tensors: Iterable[Tensor]) -> Tensor:
 
 def zero_parts(x: Tensor, sizes: Sequence[int]) -> list[bool]:
     """Whether each part of x [N] is zero, the sizes of the parts given: one wait for the device."""
+    if len({*sizes}) == 1:
+        return x.view(len(sizes), -1).any(1).logical_not().tolist()
     ends = torch.tensor(sizes).cumsum(0).sub(1).to(x.device)
     counts = x.ne(0).cumsum(0)[ends].tolist()
     return [count == before for count, before in zip(counts, [0, *counts], strict=False)]

@@ -337,7 +337,7 @@ def padded_triples(x: Tensor, tol: float, rank: Rank | None = None) -> Triples:
     if x.shape[-2] < x.shape[-1]:
         v, s, u = padded_triples(x.mT, tol, rank)
         return u, s, v
-    x = x.double()
+    x = x.to(torch.float64, memory_format=torch.contiguous_format)  # else each product copies it
     if tol < 1e-6:
         left, s, vh = torch.linalg.svd(x, full_matrices=False)
         v = vh.mT
@@ -526,7 +526,7 @@ def by_pieces(function: Callable[..., tuple[Tensor, ...]], *stacks: Tensor) -> t
 
 def unit_tasks(D: Tensor) -> Tensor:
     """D [..., T, m, n] in float64 with each task matrix of Frobenius norm 1; a zero one stays zero."""
-    wide = D.double()
+    wide = D.to(torch.float64, memory_format=torch.contiguous_format)
     norms = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
     unit: Tensor = wide / norms.where(norms > 0, 1)
     return unit
@@ -641,7 +641,7 @@ def update_directions(D: Tensor, task: Rank, svd: str, generator: RNGs) -> Tenso
 
 def without_directions(x: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
     """x - strength * x P P^T for x [..., m, n] and orthonormal P [..., n, p], in x's dtype."""
-    wide = widened(x)
+    wide = widened(x).contiguous()  # else each product copies it
     p = basis.to(wide)
     return (wide - strength * (wide @ p) @ p.mT).to(x.dtype)
 
