@@ -1,10 +1,10 @@
-"""This version beside an earlier one: merges of small and of large matrices, in turns, CPU seconds and ratios.
+"""This version beside an earlier one: merges of small and of larger matrices, in turns, by CPU seconds.
 
     git worktree add ../earlier v0.2.0
     python benchmarks/versions.py ../earlier
 
-Each version runs in processes of its own, on one thread; a ratio is of neighbours within a round, below 1 where
-this version takes less. Writes benchmarks/results/versions_<machine>.json.
+Each version runs in processes of its own, on one thread; a ratio is of neighbours within a round, below 1
+where this version takes less. Writes benchmarks/results/versions_<machine>.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "PACT + TSV-M": {"rule": "tsv_m", "purify": "pact"},
     "PACT + TSV-M, randomized": {"rule": "tsv_m", "purify": "pact", "options": SKETCHED},
 }
-SIZES = {
+SIZES = {"24 matrices of width 128": (128, 6, 8), "4 of width 384": (384, 1, 3)}  # width, layers, repeats
     "24 small matrices": (128, 6, 12),
     "4 large matrices": (768, 1, 2),
 }  # width, layers, repeats
