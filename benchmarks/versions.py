@@ -39,10 +39,10 @@ CASES: dict[str, dict[str, Any]] = {
     "PACT + TSV-M": {"rule": "tsv_m", "purify": "pact"},
     "PACT + TSV-M, randomized": {"rule": "tsv_m", "purify": "pact", "options": SKETCHED},
 }
-SIZES = {"24 matrices of width 128": (128, 6, 8), "4 of width 384": (384, 1, 3)}  # width, layers, repeats
-    "24 small matrices": (128, 6, 12),
-    "4 large matrices": (768, 1, 2),
-}  # width, layers, repeats
+SIZES = {  # width, layers, repeats
+    "24 matrices of width 128": (128, 6, 8),
+    "4 of width 384": (384, 1, 3),
+}
 
 
 def models(width: int, layers: int, tasks: int = 8) -> tuple[State, list[State]]:
