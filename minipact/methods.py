@@ -982,7 +982,7 @@ def ties(
 def tsv_m(
     D: Tensor | Products, *, rank: Rank | None = None, svd: str = "exact", generator: RNG = None
 ) -> Tensor:
-    """TSV-Merge: truncate each task to its leading singular triples, whiten across tasks, add.
+    """TSV-M (TSV-Merge): truncate each task to its leading triples, whiten across tasks, add.
 
     With the triples of all tasks side by side, U [m, Tk], S [Tk], V [n, Tk], the result is
     polar(U) diag(S) polar(V)^T. Source: Gargiulo et al. 2025, section 3.2 (arXiv 2412.00081).

@@ -225,7 +225,7 @@ def consensus(D, lambdas=0.4, *, keep=2):
 
 
 def tsv_m(D, *, rank=None):
-    """TSV-Merge: truncate each task, whiten all singular vectors, add (Gargiulo et al. 2025)."""
+    """TSV-M: truncate each task, whiten all singular vectors, add (Gargiulo et al. 2025)."""
     k = max(1, min(D[0].shape) // len(D)) if rank is None else rank
     triples = [svd(d, roundoff(D), k) for d in D]
     U, S, V = (torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True))
