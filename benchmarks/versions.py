@@ -40,8 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     "PACT + TSV-M, randomized": {"rule": "tsv_m", "purify": "pact", "options": SKETCHED},
 }
 SIZES = {  # width, layers, repeats
-    "24 matrices of width 128": (128, 6, 8),
-    "4 of width 384": (384, 1, 3),
+    "24 matrices of width 128": (128, 6, 5),
+    "4 of width 384": (384, 1, 2),
 }
 
 
