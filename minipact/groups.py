@@ -19,6 +19,7 @@ from minipact.steps import Step
 from minipact.tensors import Device, State, States, moved, own_delta, task_matrices
 
 GROUP = 1 << 19  # entries of the base and all tasks that a group may have; they fit into a cache
+SMALL = 1 << 12  # of a tensor in all models: calls cost more than a cache there, so groups are larger
 WAITING = 1 << 26  # entries of results that wait until they are asked for
 
 Group = tuple[Step, ...]
@@ -38,7 +39,8 @@ def groups_of(
     for step in steps:
         key, size = alike(step), models * step.entries
         group, held = latest.get(key, ([], 0))
-        if key is None or not group or held + size > GROUP:
+        most = 4 * GROUP if size < SMALL else GROUP
+        if key is None or not group or held + size > most:
             group, held = [], 0
             found.append(group)
         group.append(step)

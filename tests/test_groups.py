@@ -50,6 +50,7 @@ def test_groups_hold_what_is_alike_in_the_order_of_the_model():
 
 def test_a_group_ends_where_its_room_does(monkeypatch):
     monkeypatch.setattr(groups, "GROUP", 2 * 4 * 12 * 8)  # two layers of base and three tasks
+    monkeypatch.setattr(groups, "SMALL", 0)
     merged = mp.Merged(*models(), rule="tsv_m")
     found = [merged.together(f"{i}.weight") for i in range(5)]
     assert found[0] == found[1] == ("0.weight", "1.weight")
