@@ -55,15 +55,19 @@ def decaying(shape: tuple[int, int], norm: float, g: torch.Generator) -> Tensor:
     return x * (norm / x.norm())
 
 
-def block_models(tasks: int, width: int = 768, layers: int = 1) -> tuple[State, list[State]]:
-    """Base and fine-tuned models with the matrices of some transformer blocks, float32."""
-    g = torch.Generator().manual_seed(0)
-    shapes = {
+def block_shapes(width: int, layers: int) -> dict[str, tuple[int, int]]:
+    """Shapes of the matrices of some transformer blocks, by name."""
+    return {
         f"blocks.{i}.{name}.weight": (m * width // 768, n * width // 768)
         for i in range(layers)
         for name, (m, n) in BLOCK.items()
     }
-    base = {name: decaying(shape, 30.0, g) for name, shape in shapes.items()}
+
+
+def block_models(tasks: int, width: int = 768, layers: int = 1) -> tuple[State, list[State]]:
+    """Base and fine-tuned models with the matrices of some transformer blocks, float32."""
+    g = torch.Generator().manual_seed(0)
+    base = {name: decaying(x, 30.0, g) for name, x in block_shapes(width, layers).items()}
     tuned = [
         {name: x + decaying(tuple(x.shape), 1.0, g) for name, x in base.items()}
         for _ in range(tasks)

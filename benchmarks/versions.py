@@ -1,6 +1,6 @@
 """This version beside an earlier one: merges of small and of larger matrices, in turns, by CPU seconds.
 
-    git worktree add ../earlier v0.2.0
+    git worktree add ../earlier COMMIT
     python benchmarks/versions.py ../earlier
 
 Each version runs in processes of its own, on one thread; a ratio is of neighbours within a round, below 1
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import minipact as mp
-from full_scale import BLOCK, State, decaying
+from full_scale import State, block_shapes, decaying
 
 ROOT = Path(__file__).resolve().parents[1]
 SKETCHED = {"pact": {"svd": "randomized"}, "tsv_m": {"svd": "randomized"}}
@@ -46,11 +46,7 @@ SECONDS = 1.0  # that each case is repeated for, twice at least: the first time 
 def models(width: int, layers: int, tasks: int = 8) -> tuple[State, list[State]]:
     """A base and fine-tuned models: the matrices of transformer blocks, and biases."""
     g = torch.Generator().manual_seed(0)
-    shapes = {
-        f"blocks.{i}.{name}.weight": (m * width // 768, n * width // 768)
-        for i in range(layers)
-        for name, (m, n) in BLOCK.items()
-    }
+    shapes = block_shapes(width, layers)
     base = {name: decaying(shape, 30.0, g) for name, shape in shapes.items()}
     base |= {f"{name[:-6]}bias": torch.randn(m, generator=g) for name, (m, _) in shapes.items()}
 
@@ -109,7 +105,10 @@ def main() -> None:
         / "results"
         / f"versions_{platform.machine()}_{os.cpu_count()}cores.json"
     )
-    out.write_text(json.dumps({"torch": torch.__version__, "cases": rows}, indent=1) + "\n")
+    told = ["git", "-C", str(given.earlier), "rev-parse", "--short", "HEAD"]
+    earlier = subprocess.run(told, capture_output=True, text=True).stdout.strip()
+    results = {"torch": torch.__version__, "earlier": earlier, "cases": rows}
+    out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

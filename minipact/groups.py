@@ -19,7 +19,7 @@ from minipact.steps import Step
 from minipact.tensors import Device, State, States, moved, own_delta, task_matrices
 
 GROUP = 1 << 19  # entries of the base and all tasks that a group may have; they fit into a cache
-SMALL = 1 << 12  # of a tensor in all models: calls cost more than a cache there; larger groups
+SMALL = 1 << 12  # entries of a tensor in all models, below which groups may be four times larger
 WAITING = 1 << 26  # entries of results that wait until they are asked for
 
 Group = tuple[Step, ...]

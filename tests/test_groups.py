@@ -58,6 +58,17 @@ def test_a_group_ends_where_its_room_does(monkeypatch):
     assert found[4] == ("4.weight",)
 
 
+def test_a_group_of_small_tensors_has_more_room(monkeypatch):
+    size = 4 * 12 * 8  # entries of a layer in the base and three tasks
+    monkeypatch.setattr(groups, "GROUP", size)
+    monkeypatch.setattr(groups, "SMALL", size + 1)
+    merged = mp.Merged(*models(), rule="tsv_m")
+    assert merged.together("0.weight") == tuple(f"{i}.weight" for i in range(4))
+    monkeypatch.setattr(groups, "SMALL", size)
+    merged = mp.Merged(*models(), rule="tsv_m")
+    assert merged.together("0.weight") == ("0.weight",)
+
+
 def test_what_is_treated_otherwise_is_in_no_group_with_others():
     base, tasks = models()
     base["0.weight"] = base["0.weight"].double()
