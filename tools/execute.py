@@ -4,6 +4,7 @@ python tools/execute.py book/01_task_arithmetic.ipynb
 python tools/execute.py --stale book/*.ipynb     only those whose code has changed since
 """
 
+import argparse
 import base64
 import io
 import sys
@@ -50,8 +51,11 @@ def execute(path: Path) -> float:
 
 
 if __name__ == "__main__":
-    only_stale = "--stale" in sys.argv
-    for path in (Path(name) for name in sys.argv[1:] if name != "--stale"):
-        if only_stale and not stamps.is_stale(nbformat.read(path, as_version=4)):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--stale", action="store_true", help="only those whose code has changed")
+    args = parser.parse_args()
+    for path in args.notebooks:
+        if args.stale and not stamps.is_stale(nbformat.read(path, as_version=4)):
             continue
         print(f"{path}: {execute(path):.0f} s", flush=True)
