@@ -57,16 +57,14 @@ def idea() -> Figure:
     D = torch.stack([own[None], other[None]])
     core, (left,) = W0[0], plain.pact(W0, D, core=1, task=1)[1]
     reliance = core - own * (own @ core)
-    fig, (before, after) = plt.subplots(1, 2, figsize=(5.2, 3.2), layout="constrained")
+    fig, (before, after) = plt.subplots(1, 2, figsize=(4.7, 2.9), layout="constrained")
     plane(before, "What task A relies on")
     arrow(before, core, GRAY)
     arrow(before, own, GREEN)
     arrow(before, reliance, RED)
     before.text(0.6, 0.06, "base's core", color=GRAY)
     before.text(0.2, 0.82, "task A's update", color=GREEN)
-    before.text(
-        0.04, -0.79, "the core's part that A never\nchanged: a load-bearing wall", color=RED
-    )
+    before.text(0.04, -0.79, "the core's part that A\nnever changed: its wall", color=RED)
     before.add_patch(Arc((0, 0), 0.3, 0.3, theta1=-45, theta2=45, color=GRAY, lw=1))
     plane(after, "PACT cuts task B's update")
     arrow(after, other, BLUE, alpha=0.35)
@@ -81,7 +79,7 @@ def idea() -> Figure:
 
 def result() -> Figure:
     """Test accuracy of every rule alone and behind two filters, from the fair table."""
-    fig, panels = plt.subplots(1, 2, figsize=(5.2, 4.4), sharey=True, layout="constrained")
+    fig, panels = plt.subplots(1, 2, figsize=(4.7, 4.4), sharey=True, layout="constrained")
     for ax, (kind, models) in zip(panels, KINDS.items(), strict=True):
         for y, rule in enumerate(RULES):
             compare(ax, y, models, rule)
@@ -92,7 +90,14 @@ def result() -> Figure:
         ax.tick_params(length=0)
     marks = [Line2D([], [], marker="o", color=GRAY, ls="", label="alone")]
     marks += [Line2D([], [], marker="o", color=c, lw=2.4, label=n) for c, n in FILTERS.values()]
-    fig.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False)
+    fig.legend(
+        handles=marks,
+        loc="outside lower center",
+        ncols=3,
+        handlelength=1.6,
+        columnspacing=1.2,
+        frameon=False,
+    )
     return fig
 
 
