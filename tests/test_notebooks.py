@@ -1,12 +1,15 @@
 """Guards: nbval checks what is stored, these check that what is stored is all there."""
 
+import base64
 import copy
+import io
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+from PIL import Image
 
 from stamps import FIRST_CELL
 
@@ -101,13 +104,31 @@ def test_notebook_is_whole(path: Path):
     assert path.stat().st_size < 700_000
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_pictures_are_light_and_in_twice_the_dots(path: Path):
+    outputs = [output for cell in code_cells(read(path)) for output in cell.outputs]
+    for output in (output for output in outputs if "image/png" in output.get("data", {})):
+        png = base64.b64decode(output.data["image/png"])
+        assert len(png) <= 40_000
+        with Image.open(io.BytesIO(png)) as picture:
+            assert picture.mode == "P"
+            assert picture.info["dpi"][0] > 150
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_chapter_has_its_parts(path: Path):
     text = "\n".join(cell.source for cell in read(path).cells)
     for part in ("**Claim.**", "Before you start", "## What we learned", "## Exercises"):
         assert part in text, part
     assert "## Further reading" in text
-    assert text.count("{exercise-start}") == text.count("{solution-start}") >= 2
+    assert text.count("{exercise-start}") == text.count("{solution-start}") >= 4
+    assert {"*Warm-up.*", "*Standard.*", "*Research.*"} <= set(
+        re.findall(r"^\*[A-Z][a-z-]+\.\*", text, re.M)
+    )
+    assert text.count("lab.check(") >= 2
+    assert "**Predict" in text
+    quiz = text[text.index("## Quiz") : text.index("## Further reading")]
+    assert re.findall(r"^(\d)\. \*", quiz, re.M)[:5] == list("12345")
     assert "class: dropdown" in text
     assert not re.search(r"TODO|_VERDICT\b", text)
 
