@@ -118,7 +118,13 @@ def test_pictures_are_light_and_in_twice_the_dots(path: Path):
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_chapter_has_its_parts(path: Path):
     text = "\n".join(cell.source for cell in read(path).cells)
-    for part in ("**Claim.**", "Before you start", "## What we learned", "## Exercises"):
+    for part in (
+        "**Claim.**",
+        "Before you start",
+        "| symbol |",
+        "## What we learned",
+        "## Exercises",
+    ):
         assert part in text, part
     assert "## Further reading" in text
     assert text.count("{exercise-start}") == text.count("{solution-start}") >= 4
