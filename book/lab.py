@@ -50,7 +50,13 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GRAY = (
     "#CC79A7",
     "#707070",
 )
+LETTERS = {ORANGE: "#8A5F00", GREEN: "#00714F", PURPLE: "#9C4477"}
 PALETTE = [BLUE, ORANGE, GREEN, RED, PURPLE, "#56B4E9", "#B8A800", GRAY]
+
+
+def ink(color: str) -> str:
+    """The colour for letters: the same, or a darker shade where the letters would be too pale on white."""
+    return LETTERS.get(color, color)
 
 
 # ---- The zoo -------------------------------------------------------------------------------------

@@ -69,13 +69,13 @@ def merge_to_lora(
 
     Of one fine-tuned model with `Recipe(scale=1.0, vectors="rule")` it is this model's own adapter, which
     `minipact extract-lora` writes. Beside the output this takes room on the disk for the factors, until the
-    end.
+    end. Where an installed transformers calls a model's layers otherwise than its files do, as version 5 does
+    with ViT, the adapter has the module's names, and a note says so: PEFT would pass the others by. The
+    card's lines for loading tell.
 
     Args:
         base, tasks, recipe, device, threads, entry, base_model, license, statistics, progress: as in
-            `merge_files`. Where an installed transformers calls a model's layers otherwise than its files
-            do, as version 5 does with ViT, the adapter has the module's names, and a note says so: PEFT
-            would pass the others by. The card's lines for loading tell.
+            `merge_files`.
         output: names a new folder.
         rank, save_modules, svd: as in `to_lora`.
         overwrite: replace an existing output.

@@ -23,13 +23,10 @@ def main(names: list[str]) -> None:
         for name in names or sorted(path.stem for path in PAGES.glob("*.html")):
             for device in SIZES:
                 for theme in THEMES:
-                    with visit(browser, (PAGES / f"{name}.html").as_uri(), device, theme) as (
-                        page,
-                        _,
-                    ):
-                        page.screenshot(
-                            path=folder / f"{name}-{device}-{theme}.png", full_page=True
-                        )
+                    at = (PAGES / f"{name}.html").as_uri()
+                    with visit(browser, at, device, theme, reduced_motion="reduce") as (page, _):
+                        file = folder / f"{name}-{device}-{theme}.png"
+                        page.screenshot(path=file, full_page=True)
         browser.close()
 
 
