@@ -127,14 +127,14 @@ def fisher_merge(D: Tensor, fisher: Tensor) -> Tensor:
     Matena and Raffel 2022 (arXiv 2111.09832).
 
     D and fisher are [T, ...], the result [...] in D's dtype. Raises MergeError unless fisher has D's shape
-    and is 0 or more everywhere.
+    and is finite and 0 or more everywhere.
     """
     check_tensor("D", D)
     check_tensor("fisher", fisher)
     if fisher.shape != D.shape:
         raise MergeError(f"fisher {[*fisher.shape]} does not fit D {[*D.shape]}")
-    if not bool((fisher >= 0).all()):
-        raise MergeError("fisher holds NaN or negative numbers: see minipact.fisher")
+    if not bool(((fisher >= 0) & (fisher < math.inf)).all()):
+        raise MergeError("fisher holds NaN, infinity or negative numbers: see minipact.fisher")
     total = fisher.sum(0, dtype=torch.float64)
     weighted = torch.zeros_like(total)
     for d, f in zip(D, fisher, strict=True):  # one by one takes the least memory
@@ -233,9 +233,9 @@ def pave(
     if shares is None:
         kept = allocated_ranks(torch.stack([spectrum for spectrum, _, _ in cuts]), rho)
     purified = torch.empty_like(D)
-    for d, out, rank, (_, left, right) in zip(D, purified, kept, cuts, strict=True):
+    for i, (rank, (_, left, right)) in enumerate(zip(kept, cuts, strict=True)):
         first = spare - (size - rank)
-        out.copy_(d.double() - left[:, first:] @ right[first:])
+        purified[i] = D[i].double() - left[:, first:] @ right[first:]
     return purified
 
 

@@ -156,8 +156,8 @@ def emr(D: Tensor) -> tuple[Tensor, Tensor]:
     sign = torch.where(D.mean(0) > 0, 1, -1).to(D.dtype)
     unified = torch.zeros_like(D[0])
     for d in D:
-        torch.maximum(unified, sign * d, out=unified)
-    unified *= sign
+        unified = torch.maximum(unified, sign * d)
+    unified = unified * sign
     masks = torch.empty(D.shape, dtype=torch.bool, device=D.device)
     for d, mask in zip(D, masks, strict=True):
         torch.gt(d * unified, 0, out=mask)

@@ -3,7 +3,7 @@
 import itertools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -298,6 +298,47 @@ def test_randomized_pact_keeps_its_promise(shape: tuple[int, int]):
     fast = mp.pact(W0, D, svd="randomized", generator=rng())
     assert (fast - exact).norm() < 0.01 * exact.norm()
     assert torch.equal(fast, mp.pact(W0, D, svd="randomized", generator=rng()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "bound"), [(128, 0.001), (512, 0.05)])
+def test_randomized_pact_is_as_close_as_its_docstring_says(width: int, bound: float):
+    """Spectra of 1/i exactly, the documented case."""
+    g = torch.Generator().manual_seed(0)
+    fall = 1 / torch.arange(1, width + 1, dtype=torch.float64)
+
+    def turned() -> Tensor:
+        drawn = torch.randn(2, width, width, dtype=torch.float64, generator=g)
+        left, right = torch.linalg.qr(drawn)[0]
+        return left * fall @ right.mT
+
+    W0, D = turned(), torch.stack([turned() for _ in range(3)])
+    exact = mp.pact(W0, D)
+    fast = mp.pact(W0, D, svd="randomized", generator=rng())
+    assert 0 < (fast - exact).norm() < bound * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda D: mp.dare(D, generator=rng()),
+        lambda D: mp.emr(D)[0],
+        lambda D: mp.pave(D, D, torch.eye(5).expand(2, 5, 5)),
+    ],
+    ids=["dare", "emr", "pave"],
+)
+def test_differences_of_parameters_are_task_matrices(method: Callable[[Tensor], Tensor]):
+    layers = [torch.nn.Linear(5, 6) for _ in range(3)]
+    D = torch.stack([layer.weight - layers[0].weight for layer in layers[1:]])
+    assert D.requires_grad
+    assert torch.equal(method(D), method(D.detach()))
+
+
+def test_sift_refuses_what_is_not_finite():
+    W0, D = problem(tasks=2)
+    D[0, 0, 0] = math.nan
+    with pytest.raises(mp.MergeError, match="NaN or infinity"):
+        mp.sift(W0, D)
 
 
 def test_randomized_tsv_m_is_close():

@@ -152,7 +152,7 @@ NOT_FINITE = [{**state, FC: state[FC] * math.nan} for state in COVARIANCES]
         (
             "fisher_merge",
             {"fisher": [{BIAS: -FISHERS[0][BIAS]}] * 3},
-            "fisher holds NaN or negative",
+            "fisher holds NaN, infinity or negative",
         ),
     ],
 )
